@@ -1,0 +1,70 @@
+# `make serve` and `make test` are all a fresh clone needs. The first call builds .venv; a changed pyproject.toml rebuilds it.
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := src tests benchmarks scripts
+TEXT := $(CODE) docs README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile pyproject.toml .ci .github
+# Text in five languages: codespell knows English only.
+FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install dev serve chat test test-slow test-all lint format bench map
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+
+# Torch comes first and alone, so that nothing that follows chooses another build of it.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("mixtral needs Python 3.11 or newer, this is %d.%d; name another with: make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install torch==2.13.0
+	@touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.torch
+	$(BIN)/pip install -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(BIN)/pip install -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+install: $(VENV)/.run  ## build .venv with the command `mixtral`
+
+dev: $(VENV)/.dev  ## build .venv with the tools for tests and lint
+
+serve: $(VENV)/.run  ## HTTP server and chat page; HOST=127.0.0.1 PORT=8000
+	$(BIN)/mixtral serve --host $(HOST) --port $(PORT) $(ARGS)
+
+chat: $(VENV)/.run  ## chat in the terminal
+	$(BIN)/mixtral chat $(ARGS)
+
+test: $(VENV)/.dev  ## the default tests
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## only the tests marked slow
+	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+test-all: $(VENV)/.dev  ## every test
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.dev  ## style, format, types, spelling
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/codespell --skip '$(FOREIGN)' $(TEXT)
+
+format: $(VENV)/.dev  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+bench: $(VENV)/.dev  ## run every script in benchmarks/
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+map: $(VENV)/.dev  ## write the file map of README.md anew
+	$(BIN)/python scripts/filemap.py

@@ -1,0 +1,476 @@
+"""The Python API and composition root: ``load`` puts files, model, tokenizer and generator together into an ``LLM``."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from mixtral.config import PRESETS, MixtralConfig
+from mixtral.engine.generator import Generator as TokenGenerator
+from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
+from mixtral.model.mixtral import Mixtral
+from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, encode_chat, parse_calls
+from mixtral.weights import is_compact, load_compact, load_model
+from mixtral.wire import Candidate, SamplingParams, TokenEvent
+
+__all__ = [
+    "LLM",
+    "ChatCompletion",
+    "ChatDelta",
+    "Completion",
+    "Delta",
+    "TokenLogprob",
+    "Usage",
+    "folder_of",
+    "load",
+]
+
+DEFAULT_MAX_TOKENS = 512
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_FIELDS = frozenset(SamplingParams.__struct_fields__)
+
+Prompt = str | Sequence[int]
+"""Text, or token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token of the output, its raw log-probability, and the most likely tokens in its place."""
+
+    id: int
+    logprob: float
+    top: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to the answer of prompt ``sequence``. ``finish_reason`` is set on the last one."""
+
+    text: str
+    ids: list[int]
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: list[TokenLogprob] | None = None
+    sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer. ``ids`` are all sampled tokens, the end token included; ``text`` ends before a stop string.
+
+    ``text`` is empty for a model without tokenizer. The same prompt with the same ``seed`` gives the same answer.
+    """
+
+    text: str
+    ids: list[int]
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    seed: int
+    logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a conversation (control tokens included) and of its answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDelta:
+    """What one step added to an assistant turn. Calls come whole, on the last one, where ``finish_reason`` is set."""
+
+    content: str
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+    usage: Usage | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCompletion:
+    """A finished assistant turn: text, or calls of the offered functions."""
+
+    content: str
+    tool_calls: list[ToolCall]
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    usage: Usage
+
+
+class LLM:
+    """A model with its tokenizer, ready to generate. One call at a time; also an engine for ``mixtral.server``."""
+
+    def __init__(self, model: Mixtral, tokenizer: Tokenizer | None, *, name: str) -> None:
+        self.generator = TokenGenerator(model)
+        self.name = name
+        self._tokenizer = tokenizer
+
+    @property
+    def config(self) -> MixtralConfig:
+        """The numbers of the model."""
+        return self.generator.config
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        return self.config.max_position_embeddings
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are 0 .. vocab_size - 1."""
+        return self.config.vocab_size
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether text can be used; otherwise only token ids."""
+        return self._tokenizer is not None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises TokenizerError if none fits the vocabulary."""
+        if self._tokenizer is None:
+            raise TokenizerError(
+                f"no tokenizer fits the vocabulary of {self.vocab_size} entries (known: 32000 is v1, 32768 is v3). "
+                "Use token ids instead of text"
+            )
+        return self._tokenizer
+
+    @property
+    def supports_tools(self) -> bool:
+        """Whether the chat format has function calls (v3, not v1)."""
+        return self._tokenizer is not None and self._tokenizer.version != "v1"
+
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stop: Sequence[str] = (), stream: Literal[False] = False, **params: Any
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        stop: Sequence[str] = (),
+        stream: Literal[False] = False,
+        **params: Any,
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
+        prompt: Prompt | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        stop: Sequence[str] = (),
+        stream: Literal[True],
+        **params: Any,
+    ) -> Iterator[Delta]: ...
+    def generate(self, prompt: Any, *, stop: Sequence[str] = (), stream: bool = False, **params: Any) -> Any:
+        """Continue text (BOS is put before it) or token ids (taken as they are), or a list of either as one batch.
+
+        ``params`` are the fields of ``SamplingParams``; ``max_tokens`` is 512 or what the context leaves. A stop string
+        ends the answer and is not part of its text. ``stream=True`` gives an iterator of ``Delta``; closing it stops.
+
+        Raises:
+            RequestError: an option is unknown or out of range, or a prompt is empty.
+            TokenizerError: an id is outside the vocabulary, or text is given and the model has no tokenizer.
+            CapacityError: prompt and ``max_tokens`` do not fit the context.
+        """
+        single = _is_single(prompt)
+        prompts = [self._ids(each) for each in ([prompt] if single else prompt)]
+        chosen = self._params(prompts, params)
+        deltas = self._deltas(prompts, chosen, _stops(stop))
+        if stream:
+            return deltas
+        gathered: list[list[Delta]] = [[] for _ in prompts]
+        for delta in deltas:
+            gathered[delta.sequence].append(delta)
+        done = [_completion(prompts[i], found, chosen) for i, found in enumerate(gathered)]
+        return done[0] if single else done
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stop: Sequence[str] = (),
+        stream: Literal[False] = False,
+        **params: Any,
+    ) -> ChatCompletion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stop: Sequence[str] = (),
+        stream: Literal[True],
+        **params: Any,
+    ) -> Iterator[ChatDelta]: ...
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stop: Sequence[str] = (),
+        stream: bool = False,
+        **params: Any,
+    ) -> Any:
+        """Answer a conversation in the OpenAI format; see ``generate`` for ``stop``, ``stream`` and ``params``.
+
+        Raises:
+            MessagesError: the messages or tools break a rule, or the model wrote calls that cannot be read.
+            RequestError, TokenizerError, CapacityError: as ``generate``.
+        """
+        ids = encode_chat(self.tokenizer, messages, tools, max_tokens=self.context).ids
+        chosen = self._params([ids], params)
+        continues = messages[-1]["role"] == "assistant"
+        text = TextStream(self.tokenizer, stop=_stops(stop), continues=continues)
+        dropped: set[int] = set()
+        deltas = self._read_chat(self.generator.stream([ids], chosen, dropped), text, dropped, len(ids))
+        if stream:
+            return deltas
+        found = list(deltas)
+        last = found[-1]
+        if last.finish_reason is None or last.usage is None:
+            raise RuntimeError("the answer has no end")
+        return ChatCompletion("".join(d.content for d in found), last.tool_calls, last.finish_reason, last.usage)
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Raw logits after each of the T ids: float32 [T, V].
+
+        Raises:
+            RequestError, TokenizerError, CapacityError: no ids, an id outside the vocabulary, more than the context.
+        """
+        return self.generator.logits(ids)
+
+    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
+        """Token events of several prompts; what the server asks of an engine."""
+        return self.generator.stream(prompts, params)
+
+    def _ids(self, prompt: object) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError("the prompt is empty; expected text or token ids", param="prompt")
+            return self.tokenizer.encode(prompt, bos=True)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise _wrong_prompt(prompt)
+        return list(prompt)
+
+    def _params(self, prompts: Sequence[Sequence[int]], given: Mapping[str, Any]) -> SamplingParams:
+        unknown = sorted(given.keys() - _FIELDS)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], [*_FIELDS, "stop", "stream"], n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise RequestError(f"unknown option {unknown[0]!r}{hint}", param=unknown[0])
+        fields = dict(given)
+        if fields.get("max_tokens") is None:
+            room = self.context - max((len(ids) for ids in prompts), default=0)
+            if room < 1:
+                raise CapacityError(
+                    f"the prompt has {self.context - room} tokens and the context of this model is {self.context}: "
+                    "no room for an answer. Shorten the prompt",
+                    param="prompt",
+                )
+            fields["max_tokens"] = min(DEFAULT_MAX_TOKENS, room)
+        if fields.get("seed") is None:
+            fields["seed"] = secrets.randbits(63)
+        return SamplingParams(**fields)
+
+    def _deltas(
+        self, prompts: list[list[int]], params: SamplingParams, stop: Sequence[str]
+    ) -> Generator[Delta, None, None]:
+        # Without a tokenizer there is no text, and asking for stop strings is asking for the tokenizer.
+        texts = [
+            TextStream(self.tokenizer, stop=stop, continues=True) if stop or self.has_tokenizer else None
+            for _ in prompts
+        ]
+        dropped: set[int] = set()
+        return self._read(self.generator.stream(prompts, params, dropped), texts, dropped)
+
+    def _read(
+        self, events: Generator[TokenEvent, None, None], texts: Sequence[TextStream | None], dropped: set[int]
+    ) -> Generator[Delta, None, None]:
+        try:
+            for event in events:
+                delta = _delta(event, texts[event.sequence])
+                if delta.finish_reason is not None:
+                    dropped.add(event.sequence)
+                yield delta
+        finally:
+            events.close()
+
+    def _read_chat(
+        self, events: Generator[TokenEvent, None, None], text: TextStream, dropped: set[int], prompt_tokens: int
+    ) -> Generator[ChatDelta, None, None]:
+        """Text until ``[TOOL_CALLS]``; what follows is kept back and read at the end."""
+        control = self.tokenizer.control_id("[TOOL_CALLS]") if self.supports_tools else None
+        calls: list[int] = []
+        try:
+            for count, event in enumerate(events, 1):
+                if event.id == control or calls:
+                    content = "" if calls else text.finish()
+                    calls.append(event.id)
+                    finish, found = event.finish_reason, []
+                    if finish is not None and not text.stopped:
+                        found = _calls(self.tokenizer, calls, cut=finish == "length")
+                else:
+                    delta = _delta(event, text)
+                    content, finish, found = delta.text, delta.finish_reason, []
+                if text.stopped:
+                    finish = "stop"
+                if finish is None:
+                    if content:
+                        yield ChatDelta(content)
+                    continue
+                dropped.add(0)
+                yield ChatDelta(content, found, "tool_calls" if found else finish, Usage(prompt_tokens, count))
+                return
+        finally:
+            events.close()
+
+
+def load(
+    model: str | Path = "embedded",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    name: str | None = None,
+) -> LLM:
+    """Load a model: "embedded" (ships with this package) or a folder with ``config.json`` and safetensors files.
+
+    ``dtype`` None keeps that of the files. ``name`` is what the server calls the model; default: the folder's name.
+
+    Raises:
+        ConfigError: the device, dtype or ``config.json`` is wrong, or a preset is given, which has no weights.
+        CheckpointError: files are missing or damaged, or do not fit the config.
+    """
+    target, kind = _device(device), _dtype(dtype)
+    folder = folder_of(model)
+    name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name)
+    if is_compact(folder):
+        compact = load_compact(folder, device=target, dtype=kind)
+        version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
+        return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
+    found = load_model(folder, device=target, dtype=kind)
+    return LLM(found, _tokenizer_for(found.config.vocab_size), name=name)
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder of a model that can be loaded.
+
+    Raises:
+        ConfigError: it is the name of a preset, which has no weights.
+        CheckpointError: there is no such folder, or this installation has no embedded model.
+    """
+    if str(model) == "embedded":
+        folder = Path(__file__).parent / "embedded"
+        if not (folder / "model.safetensors").is_file():
+            raise CheckpointError(
+                "this installation has no embedded model (mixtral/embedded/model.safetensors is missing); "
+                "give the folder of a model instead, or install the package again",
+                param="model",
+            )
+        return folder
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file; expected the folder that holds config.json", param="model")
+    if str(model).lower() in PRESETS:
+        raise ConfigError(
+            f'{str(model)!r} is a preset: sizes without weights. Give the folder that holds its files, or "embedded"; '
+            f"`mixtral inspect {model}` shows the sizes",
+            param="model",
+        )
+    raise CheckpointError(f'{folder}: no such folder; expected "embedded" or a folder with config.json', param="model")
+
+
+def _tokenizer_for(vocab_size: int) -> Tokenizer | None:
+    try:
+        return Tokenizer.for_vocab_size(vocab_size)
+    except TokenizerError:
+        return None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}; expected cpu, or what torch calls a GPU", param="device") from None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    known = {"cpu", *([accelerator.type] if accelerator else [])}
+    if found.type not in known or (found.index or 0) >= _count(found):
+        raise ConfigError(f"device is {device!r}, which this machine lacks; it has {', '.join(known)}", param="device")
+    return found
+
+
+def _count(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else torch.accelerator.device_count()
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}", param="dtype")
+    return _DTYPES[dtype]
+
+
+def _is_single(prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise _wrong_prompt(prompt)
+    return not prompt or isinstance(prompt[0], int)
+
+
+def _wrong_prompt(prompt: object) -> RequestError:
+    kind = type(prompt).__name__
+    return RequestError(f"a prompt is of type {kind}; expected text, token ids, or a list of either", param="prompt")
+
+
+def _stops(stop: Sequence[str]) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else tuple(stop)
+    for place, text in enumerate(found):
+        if not isinstance(text, str):
+            raise RequestError(f"stop[{place}] is {text!r}; expected text", param=f"stop[{place}]")
+    return found
+
+
+def _delta(event: TokenEvent, text: TextStream | None) -> Delta:
+    """Token event -> text that is now certain; a stop string ends the answer."""
+    added, finish = "", event.finish_reason
+    if text is not None:
+        added = text.push(event.id)
+        if finish is not None:
+            added += text.finish()
+        finish = "stop" if text.stopped else finish
+    listed = None if event.logprob is None else [TokenLogprob(event.id, event.logprob, event.top)]
+    return Delta(added, [event.id], finish, listed, event.sequence)
+
+
+def _calls(tokenizer: Tokenizer, ids: Sequence[int], *, cut: bool) -> list[ToolCall]:
+    """The calls in the ids from ``[TOOL_CALLS]`` on; an answer that was cut short has none."""
+    if not cut:
+        return parse_calls(tokenizer, ids, salt=secrets.token_hex(8))[1]
+    return []
+
+
+def _completion(prompt: Sequence[int], deltas: Sequence[Delta], params: SamplingParams) -> Completion:
+    finish = deltas[-1].finish_reason
+    if finish is None or params.seed is None:
+        raise RuntimeError("the answer has no end")
+    logprobs = None if params.logprobs is None else [one for delta in deltas for one in delta.logprobs or ()]
+    ids = [id for delta in deltas for id in delta.ids]
+    return Completion("".join(delta.text for delta in deltas), ids, finish, len(prompt), params.seed, logprobs)

@@ -1,0 +1,135 @@
+"""``mixtral inspect``: what a checkpoint folder or a preset is, without loading it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mixtral.cli import output
+
+if TYPE_CHECKING:
+    from mixtral.config import MixtralConfig
+
+__all__ = ["describe", "run"]
+
+
+def run(
+    subject: Annotated[str, typer.Argument(metavar="PATH|PRESET|embedded", help="Folder, 8x7b, 8x22b or tiny.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """Say what a model is: sizes, parameters, memory by precision, files."""
+    found = describe(subject)
+    if as_json:
+        output.write_json(found, indent=2)
+        return
+    output.pairs(found["name"], [(name, str(value)) for name, value in found["config"].items()])
+    output.pairs("parameters", [(name, f"{value:>19,}") for name, value in found["parameters"].items()])
+    output.pairs("weights in memory", [(name, _bytes(value)) for name, value in found["memory_bytes"].items()])
+    cache = found["kv_cache"]
+    output.pairs(
+        "key-value cache (16 bit)",
+        [
+            ("per token", _bytes(cache["bytes_per_token"])),
+            (f"full context, {cache['context']:,} tokens", _bytes(cache["bytes_full_context"])),
+        ],
+    )
+    output.pairs("tokenizer", [("version", found["tokenizer"] or "none fits; only token ids can be used")])
+    if found["files"]:
+        output.pairs("files", [(name, _shown(name, value)) for name, value in found["files"].items()])
+
+
+def describe(subject: str) -> dict[str, Any]:
+    """Everything the command knows about a folder, a preset or "embedded", as JSON values.
+
+    Raises:
+        ConfigError: there is no such folder or preset, or ``config.json`` is wrong.
+        CheckpointError: the weight files are missing, damaged or incomplete.
+    """
+    from mixtral.config import PRESETS, preset
+    from mixtral.errors import ConfigError
+
+    if subject != "embedded" and not Path(subject).is_dir():
+        if subject.lower() in PRESETS:
+            return _describe(subject.lower(), preset(subject), {})
+        raise ConfigError(
+            f'{subject!r} is no folder and no preset; expected a folder, "embedded", or one of {", ".join(PRESETS)}'
+        )
+    from mixtral.api import folder_of
+    from mixtral.weights.load import read_folder_config
+
+    folder = folder_of(subject)
+    return _describe(subject, read_folder_config(folder), _files(folder))
+
+
+def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[str, Any]:
+    import dataclasses
+
+    from mixtral.plan import PRECISIONS, count_parameters, kv_bytes_per_token, memory_bytes
+
+    counts = count_parameters(config)
+    per_token = kv_bytes_per_token(config)
+    return {
+        "name": name,
+        "config": dataclasses.asdict(config),
+        "parameters": {
+            "total": counts.total,
+            "active per token": counts.active,
+            "read per decoded token": counts.read_per_token,
+            "experts": counts.experts,
+            "one expert, all layers": counts.expert_in_all_layers,
+            "attention": counts.attention,
+            "routers": counts.routers,
+            "norms": counts.norms,
+            "embedding and head": counts.embedding + counts.head,
+        },
+        "memory_bytes": {precision: memory_bytes(config, precision) for precision in PRECISIONS},
+        "kv_cache": {
+            "bytes_per_token": per_token,
+            "context": config.max_position_embeddings,
+            "bytes_full_context": per_token * config.max_position_embeddings,
+        },
+        "tokenizer": {32000: "v1", 32768: "v3"}.get(config.vocab_size),
+        "files": files,
+    }
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """Layout, tensors, dtypes and sizes, from the headers alone; empty for a folder with a config only."""
+    from mixtral.weights import is_compact
+    from mixtral.weights.hf import SINGLE_NAME, inside, read_checkpoint, read_header
+    from mixtral.weights.names import detect_style
+
+    if not any(folder.glob("*.safetensors*")):
+        return {}
+    if is_compact(folder):
+        entries, layout = dict(read_header(inside(folder, SINGLE_NAME)).entries), "compact (int8, shared rows)"
+    else:
+        entries = read_checkpoint(folder)
+        layout = detect_style(entries)
+    shards = {entry.shard for entry in entries.values()}
+    return {
+        "layout": layout,
+        "tensors": len(entries),
+        "dtypes": dict(Counter(entry.dtype for entry in entries.values()).most_common()),
+        "shards": len(shards),
+        "bytes": sum(shard.stat().st_size for shard in shards),
+    }
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "bytes":
+        return _bytes(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{count} x {dtype}" for dtype, count in value.items())
+    return str(value)
+
+
+def _bytes(number: int) -> str:
+    """A size for people: GB as sold and GiB as installed."""
+    for unit, binary, power in (("GB", "GiB", 3), ("MB", "MiB", 2), ("kB", "KiB", 1)):
+        if number >= 1024**power:
+            return f"{number / 1000**power:,.2f} {unit} = {number / 1024**power:,.2f} {binary}"
+    return f"{number} bytes"

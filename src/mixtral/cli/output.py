@@ -1,0 +1,126 @@
+"""Everything the command line prints. A reader that went away ends the command quietly."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TextIO
+
+__all__ = [
+    "PipeClosedError",
+    "ask",
+    "error",
+    "interactive",
+    "note",
+    "pairs",
+    "prepare",
+    "say",
+    "silence",
+    "write",
+    "write_json",
+]
+
+_SHOWN_LINES = 6  # of a message with many lines
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}  # all but tab and newline
+
+
+class PipeClosedError(Exception):
+    """Nobody reads the output any more."""
+
+
+def prepare() -> None:
+    """Characters that the terminal's encoding lacks become "?" instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def interactive() -> bool:
+    """Whether a person types and reads."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def write(text: str) -> None:
+    """Put out text at once, without a line end. Control characters, which could drive a terminal, are spelled out."""
+    _put(sys.stdout, text, end="")
+
+
+def say(text: str = "") -> None:
+    """Put out one line."""
+    _put(sys.stdout, text)
+
+
+def write_json(value: object, *, indent: int | None = None) -> None:
+    """Put out one JSON value: one line, or indented."""
+    _put(sys.stdout, json.dumps(value, ensure_ascii=False, indent=indent))
+
+
+def note(text: str) -> None:
+    """One line for the person at the terminal, on standard error, so that it does not mix with the result."""
+    _put(sys.stderr, text)
+
+
+def error(message: str) -> None:
+    """``mixtral: error: ...`` on one line of standard error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unknown error"]
+    more = f"; and {len(lines) - _SHOWN_LINES} more lines" if len(lines) > _SHOWN_LINES else ""
+    with contextlib.suppress(PipeClosedError):
+        _put(sys.stderr, f"mixtral: error: {_join(lines[:_SHOWN_LINES])}{more}")
+
+
+def pairs(title: str, rows: Mapping[str, str] | Sequence[tuple[str, str]]) -> None:
+    """A titled table of two columns."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items() if isinstance(rows, Mapping) else rows:
+        table.add_row(Text(f"  {name}"), Text(value.translate(_CONTROL), overflow="fold"))
+    with _pipe():
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        console.print(Text(title, style="bold"))
+        console.print(table)
+
+
+def ask(prompt: str) -> str | None:
+    """One line from standard input, None at its end. The prompt is shown to a person only."""
+    if interactive():
+        write(prompt)
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as problem:
+        from mixtral.errors import RequestError
+
+        raise RequestError(f"standard input is not UTF-8 ({problem.reason}); expected UTF-8 text") from None
+    return line.rstrip("\r\n") if line else None
+
+
+def silence() -> None:
+    """After ``PipeClosedError``: keep the interpreter's last flush from complaining."""
+    with contextlib.suppress(OSError, io.UnsupportedOperation):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _put(stream: TextIO, text: str, *, end: str = "\n") -> None:
+    with _pipe():
+        print(text.translate(_CONTROL), end=end, file=stream, flush=True)
+
+
+def _join(lines: Sequence[str]) -> str:
+    text = lines[0]
+    for line in lines[1:]:
+        text += (" " if text.endswith((":", ".", ",", ";")) else "; ") + line
+    return text
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise PipeClosedError from None

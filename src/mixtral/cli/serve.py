@@ -1,0 +1,37 @@
+"""``mixtral serve``: an OpenAI-compatible API and a chat page."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mixtral.cli import output
+from mixtral.cli.generate import DeviceOption, DtypeOption, ModelOption
+
+__all__ = ["run"]
+
+
+def run(
+    model: ModelOption = "embedded",
+    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option("--served-model-name", help="Name in the API; default: that of the model.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option("--allowed-host", help="Name that a proxy in front uses; may be repeated.")
+    ] = None,
+    queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")] = 16,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+) -> None:
+    """Serve a model over HTTP: an OpenAI-compatible API, and a chat page at /."""
+    from mixtral.server import ServerConfig, serve
+
+    config = ServerConfig(host=host, port=port, allowed_hosts=tuple(allowed_host or ()), queue_size=queue_size)
+    from mixtral.api import load
+
+    llm = load(model, device=device, dtype=dtype, name=served_model_name)
+    llm.tokenizer  # noqa: B018 - a model without one cannot be served; say so before listening
+    serve(llm, config, on_ready=lambda address: output.note(f"{llm.name} is ready: {address} (Ctrl-C stops)"))

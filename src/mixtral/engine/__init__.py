@@ -1,0 +1,1 @@
+"""Generation over token ids: ``generator`` runs the model, ``sampling`` chooses, ``pages`` shares out the cache."""

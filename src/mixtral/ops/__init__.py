@@ -1,0 +1,19 @@
+"""Stateless arithmetic on tensors: ``reference`` is the specification, ``grouped`` the same expert operation for speed."""
+
+from mixtral.ops.grouped import experts
+from mixtral.ops.losses import head_cross_entropy
+from mixtral.ops.reference import Route, attention, linear, rms_norm, rope, rope_angles, route
+from mixtral.ops.rows import gather_rows
+
+__all__ = [
+    "Route",
+    "attention",
+    "experts",
+    "gather_rows",
+    "head_cross_entropy",
+    "linear",
+    "rms_norm",
+    "rope",
+    "rope_angles",
+    "route",
+]

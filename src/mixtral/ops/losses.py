@@ -1,0 +1,72 @@
+"""Cross entropy fused with the head: the [T, V] logits never exist as a whole, and gradients are made in the forward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["head_cross_entropy"]
+
+_CHUNK_TOKENS = 2048
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_RD: Tensor, labels_T: Tensor, weights_T: Tensor, copies_of_last: int
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
+        grad_head = torch.zeros(head_RD.shape, dtype=torch.float32, device=head_RD.device) if needs_head else None
+        logprobs_T = torch.empty(labels_T.shape, dtype=torch.float32, device=hidden_TD.device)
+        for start in range(0, labels_T.shape[0], _CHUNK_TOKENS):
+            part = slice(start, start + _CHUNK_TOKENS)
+            hidden, labels = hidden_TD[part], labels_T[part, None]
+            logits = (hidden @ head_RD.t()).float()
+            logits[:, -1] += math.log(copies_of_last)
+            lse = logits.logsumexp(-1, keepdim=True)
+            logprobs_T[part] = (logits.gather(1, labels) - lse)[:, 0]
+            if grad_hidden is None and grad_head is None:
+                continue
+            grad_logits = torch.exp_(logits.sub_(lse))
+            grad_logits.scatter_add_(1, labels, torch.full_like(lse, -1.0))
+            grad = grad_logits.mul_(weights_T[part, None]).to(head_RD.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, head_RD, out=grad_hidden[part])
+            if grad_head is not None:
+                grad_head += grad.t() @ hidden
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.mark_non_differentiable(logprobs_T)
+        return -(logprobs_T * weights_T).sum(), logprobs_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if grad_hidden is None else (grad_hidden * scale).to(grad_hidden.dtype),
+            None if grad_head is None else grad_head * scale,
+            None,
+            None,
+            None,
+        )
+
+
+def head_cross_entropy(
+    hidden_TD: Tensor, head_RD: Tensor, labels_T: Tensor, weights_T: Tensor, *, copies_of_last: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of ``-log p(label)`` and the log-probabilities [T] themselves (float32; no gradient through these).
+
+    Args:
+        hidden_TD: hidden states after the final norm.
+        head_RD: output rows. The last row stands for ``copies_of_last`` equal rows of the vocabulary (shared rows).
+        labels_T: int64 row of the right answer; never the shared row when ``copies_of_last`` > 1.
+        weights_T: float32 weight of every token, already divided by the step's total; 0 leaves a token out.
+    """
+    loss, logprobs_T = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_TD, head_RD, labels_T, weights_T, copies_of_last
+    )
+    return loss, logprobs_T

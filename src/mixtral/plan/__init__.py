@@ -1,0 +1,33 @@
+"""What a Mixtral needs: parameters, memory, bytes read per token. Arithmetic on the config; imports no torch."""
+
+from mixtral.plan.sizes import (
+    PRECISIONS,
+    ParameterCounts,
+    Precision,
+    TensorCounts,
+    count_parameters,
+    count_tensors,
+    expected_experts,
+    kv_bytes,
+    kv_bytes_per_token,
+    memory_bytes,
+    overlap_chance,
+    step_cost,
+    weight_bytes,
+)
+
+__all__ = [
+    "PRECISIONS",
+    "ParameterCounts",
+    "Precision",
+    "TensorCounts",
+    "count_parameters",
+    "count_tensors",
+    "expected_experts",
+    "kv_bytes",
+    "kv_bytes_per_token",
+    "memory_bytes",
+    "overlap_chance",
+    "step_cost",
+    "weight_bytes",
+]

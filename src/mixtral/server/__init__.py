@@ -1,0 +1,8 @@
+"""The HTTP edge: OpenAI-compatible routes and a chat page over an engine that the caller hands in. Needs no torch."""
+
+from mixtral.server.app import build
+from mixtral.server.config import ServerConfig
+from mixtral.server.engine import Engine
+from mixtral.server.run import Server, serve
+
+__all__ = ["Engine", "Server", "ServerConfig", "build", "serve"]

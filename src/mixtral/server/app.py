@@ -1,0 +1,97 @@
+"""The application: routes, page, error answers and the outermost layer, around an engine that the caller hands in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from mixtral.errors import MixtralError
+from mixtral.server.config import ServerConfig
+from mixtral.server.engine import Engine, Runner
+from mixtral.server.errors import ApiError, as_api_error, error_response, show
+from mixtral.server.gate import Gate
+from mixtral.server.routes import Routes
+
+__all__ = ["build", "runner_of"]
+
+_log = logging.getLogger("mixtral.server")
+_PAGE = Path(__file__).parent / "page"
+# Path -> file and media type. Nothing else is ever read from disk.
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/static/app.js": ("app.js", "text/javascript"),
+    "/static/style.css": ("style.css", "text/css"),
+    "/static/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+def build(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
+    """The application over ``engine``. It has no documentation pages: those load scripts from elsewhere."""
+    config = config or ServerConfig()
+    runner = Runner(engine, config)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await runner.close()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.runner = runner
+    for method, path, handler in Routes(runner, config).table():
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+    for path, (name, media_type) in _FILES.items():
+        app.add_api_route(path, _file((_PAGE / name).read_bytes(), media_type), methods=["GET"], response_model=None)
+    for kind in (ApiError, MixtralError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_middleware(Gate, config=config)
+    return app
+
+
+def runner_of(app: FastAPI) -> Runner:
+    """The runner of an application that ``build`` made."""
+    runner = app.state.runner
+    if not isinstance(runner, Runner):
+        raise TypeError(f"app.state.runner is {runner!r}; expected an application made by build()")
+    return runner
+
+
+def _file(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    async def handler() -> Response:
+        return Response(content, media_type=media_type, headers=_PAGE_HEADERS)
+
+    return handler
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return error_response(_routing_error(request, error))
+    if isinstance(error, RequestValidationError):
+        return error_response(ApiError(400, "invalid_request", "the request cannot be read"))
+    known = as_api_error(error)
+    if known.status >= 500 and not isinstance(error, ApiError):
+        _log.error("request %s failed", request.scope.get("mixtral.request_id"), exc_info=error)
+    return error_response(known)
+
+
+def _routing_error(request: Request, error: HTTPException) -> ApiError:
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        message = f"{show(request.method)} is not allowed here; expected {allowed}"
+        return ApiError(405, "method_not_allowed", message, headers=error.headers)
+    if error.status_code == 404:
+        return ApiError(404, "route_not_found", f"there is no {show(request.url.path)} on this server")
+    return ApiError(error.status_code, "invalid_request", "the request cannot be read", headers=error.headers)

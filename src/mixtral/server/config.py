@@ -1,0 +1,85 @@
+"""What a server may be told: address, bounds and time limits. The defaults are the safe ones."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass, fields
+
+from mixtral.errors import ConfigError
+
+__all__ = ["ServerConfig"]
+
+# field -> (lowest, highest) value
+_RANGES: dict[str, tuple[float, float]] = {
+    "port": (0, 65535),
+    "queue_size": (0, 4096),
+    "queue_timeout_s": (0.01, 3600),
+    "request_timeout_s": (0.01, 86400),
+    "body_timeout_s": (0.01, 120),
+    "stall_timeout_s": (0.01, 3600),
+    "wait_note_s": (0.01, 120),
+    "drain_s": (0, 3600),
+    "body_limit_bytes": (1024, 64 * 2**20),
+    "open_requests": (1, 4096),
+    "batch_tokens": (1, 2**31 - 1),
+    "buffer_tokens": (1, 65536),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of one server.
+
+    ``host`` must be a loopback address, because there are no keys; put a proxy that authenticates in front and list its
+    name in ``allowed_hosts``. ``port`` 0 takes a free one. One request runs, ``queue_size`` more may wait
+    ``queue_timeout_s``. ``drain_s`` is what running requests get after a stop signal. A client that reads nothing for
+    ``stall_timeout_s`` is dropped. A stream without tokens for ``wait_note_s`` gets a comment line. ``buffer_tokens``
+    may wait for a slow reader. Prompts and answers of one request together have at most ``batch_tokens`` tokens, or the
+    context, if that is more.
+
+    Raises:
+        ConfigError: a value is out of range, or the host is not loopback.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_hosts: tuple[str, ...] = ()
+    queue_size: int = 16
+    queue_timeout_s: float = 60.0
+    request_timeout_s: float = 3600.0
+    body_timeout_s: float = 30.0
+    stall_timeout_s: float = 60.0
+    wait_note_s: float = 15.0
+    drain_s: float = 30.0
+    body_limit_bytes: int = 4 * 2**20
+    open_requests: int = 256
+    batch_tokens: int = 16384
+    buffer_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if not _is_loopback(self.host):
+            raise ConfigError(
+                f"host is {self.host!r}; expected a loopback address such as 127.0.0.1: this server has no keys. "
+                "To serve other machines, put a proxy that authenticates in front and name it in allowed_hosts.",
+                param="host",
+            )
+        for field in fields(self):
+            if field.name not in _RANGES:
+                continue
+            low, high = _RANGES[field.name]
+            value = getattr(self, field.name)
+            whole = field.type == "int"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise ConfigError(f"{field.name} is {value!r}; expected a number", param=field.name)
+            if not math.isfinite(value) or not low <= value <= high:
+                raise ConfigError(f"{field.name} is {value!r}; expected {low:g} to {high:g}", param=field.name)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

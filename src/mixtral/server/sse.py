@@ -1,0 +1,108 @@
+"""Server-sent events: one ``data:`` line per object, an error event in place of the end, ``[DONE]`` after success."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mixtral.server.config import ServerConfig
+from mixtral.server.errors import ApiError, ClientGone, as_api_error
+
+__all__ = ["DONE", "WAIT", "EventStream", "frame", "unless_gone"]
+
+DONE = b"data: [DONE]\n\n"
+WAIT = b": wait\n\n"
+T = TypeVar("T")
+
+_log = logging.getLogger("mixtral.server")
+# Some clients split lines at these as well.
+_LINE_ENDS = {place: f"\\u{place:04x}" for place in (0x85, 0x2028, 0x2029)}
+
+
+def frame(data: Mapping[str, Any]) -> bytes:
+    """One event with ``data`` as JSON on one line."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client leaves. The body must have been read before.
+
+    Raises:
+        ClientGone: the client left first.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """A response whose frames come from an async generator.
+
+    Headers are sent with the first frame (an empty one will do), so what is raised before it is an ordinary HTTP error.
+    What is raised later becomes an error event, after which nothing follows.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[bytes, None], config: ServerConfig, headers: Mapping[str, str]) -> None:
+        super().__init__(headers={**headers, "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._frames = frames
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await unless_gone(receive, self._stream(scope, send))
+
+    async def _stream(self, scope: Scope, send: Send) -> None:
+        started = False
+        async with contextlib.aclosing(self._safe(scope)) as frames:
+            async for data in frames:
+                if not started:
+                    start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+                    await send(start)
+                    started = True
+                await self._send(send, data, more=True)
+        await self._send(send, b"", more=False)
+
+    async def _safe(self, scope: Scope) -> AsyncGenerator[bytes, None]:
+        started = False
+        try:
+            async with contextlib.aclosing(self._frames) as frames:
+                async for data in frames:
+                    started = True
+                    yield data
+        except Exception as error:
+            if not started:
+                raise
+            known = as_api_error(error)
+            if not isinstance(error, ApiError) and known.status >= 500:
+                _log.exception("request %s failed", scope.get("mixtral.request_id"), exc_info=error)
+            yield frame(known.body())
+
+    async def _send(self, send: Send, data: bytes, *, more: bool) -> None:
+        try:
+            async with asyncio.timeout(self._config.stall_timeout_s):
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+        except (TimeoutError, OSError):
+            raise ClientGone from None
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,8 @@
+"""Text <-> token ids of Mixtral: vocabularies v1, v2, v3, chat encoding, function calls, streaming. Needs no torch."""
+
+from mixtral.tokenizer.calls import ToolCall, parse_calls
+from mixtral.tokenizer.chat import EncodedChat, encode_chat
+from mixtral.tokenizer.stream import TextStream
+from mixtral.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["EncodedChat", "TextStream", "Tokenizer", "ToolCall", "encode_chat", "parse_calls"]

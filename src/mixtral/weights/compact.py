@@ -1,0 +1,234 @@
+"""The compact file of the embedded model: int8 groups of 32, shared vocabulary rows, respelling of untrained ids.
+
+A folder holds ``model.safetensors``, ``config.json`` and ``manifest.json`` (size and sha256 of the weights). Tensors::
+
+    <parameter>.q8, <parameter>.scale     int8 [..., N] and fp16 [..., N/32]: weights of two and more dimensions
+    <parameter>                           fp32: routers and norms
+    row_of_id                             int32 [V]; embedding and head have R+1 rows instead of V
+    respell.ids [n], .offsets [n+1], .pieces [m]   int32: ids[i] is spelled pieces[offsets[i]:offsets[i+1]]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral.config import MixtralConfig
+from mixtral.errors import CheckpointError
+from mixtral.model.mixtral import Mixtral
+from mixtral.weights.commit import Commit
+from mixtral.weights.hf import (
+    DTYPES,
+    SINGLE_NAME,
+    Entry,
+    Header,
+    Record,
+    ShardReader,
+    inside,
+    read_header,
+    record,
+    write_shard,
+)
+from mixtral.weights.int8 import GROUP, decode, encode
+from mixtral.weights.load import checked_dtype, place, read_folder_config
+from mixtral.weights.names import EMBEDDING, HEAD, is_router, parameter_shapes
+from mixtral.weights.save import checked_parameters, to_json
+from mixtral.weights.vocab import check_rows, expand_rows, share_rows
+
+__all__ = ["MANIFEST_NAME", "Compact", "is_compact", "load_compact", "save_compact"]
+
+MANIFEST_NAME = "manifest.json"
+_ROWS = "row_of_id"
+_RESPELL = ("respell.ids", "respell.offsets", "respell.pieces")
+
+
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """What a compact folder holds: an ordinary model, the respelling for its tokenizer, its trained ids and notes."""
+
+    model: Mixtral
+    respell: dict[int, tuple[int, ...]]
+    row_of_id: Tensor
+    metadata: dict[str, str]
+
+
+def is_compact(folder: Path) -> bool:
+    """Whether the weights of a folder are in the compact format; False also where there is no readable file."""
+    try:
+        return _ROWS in read_header(inside(folder, SINGLE_NAME)).entries
+    except CheckpointError:
+        return False
+
+
+def save_compact(
+    model: Mixtral,
+    folder: Path,
+    *,
+    row_of_id: Tensor,
+    respell: Mapping[int, tuple[int, ...]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write or replace the three files of the format in ``folder``; other files stay. ``metadata`` goes in the header.
+
+    Raises:
+        CheckpointError: ids that share a row differ in the model, a size is no multiple of 32, or writing fails.
+    """
+    folder = Path(folder)
+    row_of_id = row_of_id.detach().cpu()
+    check_rows(row_of_id, model.config.vocab_size)
+    _check_respell(respell, model.config.vocab_size)
+    records = [*_records(checked_parameters(model), row_of_id), *_respell_records(respell), record(_ROWS, row_of_id)]
+    try:
+        with Commit(folder) as commit:
+            weights = commit.path(SINGLE_NAME)
+            write_shard(weights, records, {**metadata, "format": "pt"})
+            manifest = {"sha256": _sha256(weights), "size": weights.stat().st_size}
+            commit.path(MANIFEST_NAME).write_text(to_json(manifest), encoding="utf-8")
+            commit.path("config.json").write_text(to_json(model.config.to_dict()), encoding="utf-8")
+            commit.finish()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
+def load_compact(folder: Path, *, device: torch.device | str, dtype: torch.dtype | None = None) -> Compact:
+    """Load a compact folder into an ordinary model. ``dtype`` None is float32, which holds every stored value exactly.
+
+    Raises:
+        ConfigError: ``config.json`` is missing or wrong, or ``dtype`` is not a model's.
+        CheckpointError: the weights do not match the manifest, are damaged, or do not fit the config.
+    """
+    folder = Path(folder)
+    dtype = checked_dtype(dtype or torch.float32)
+    config = read_folder_config(folder)
+    path = inside(folder, SINGLE_NAME)
+    _check_manifest(folder, path)
+    header = read_header(path)
+    with ShardReader() as reader, torch.no_grad():
+        row_of_id = _small(header, reader, _ROWS)
+        rows = check_rows(row_of_id, config.vocab_size)
+        _check_entries(config, header, rows)
+        model = Mixtral(config, device="meta", dtype=dtype)
+        for name in parameter_shapes(config):
+            value = _read(header, reader, name)
+            if name in (EMBEDDING, HEAD):
+                value = expand_rows(value, row_of_id)
+            place(model, name, value.to(device=device, dtype=model.get_parameter(name).dtype))
+        respell = _read_respell(header, reader, config.vocab_size)
+    return Compact(model, respell, row_of_id, {k: v for k, v in header.metadata.items() if k != "format"})
+
+
+def _is_coded(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) > 1 and not is_router(name)
+
+
+def _records(parameters: Mapping[str, Tensor], row_of_id: Tensor) -> Iterator[Record]:
+    for name, value in parameters.items():
+        value = value.detach().cpu()
+        if not _is_coded(name, tuple(value.shape)):
+            yield record(name, value.float())
+            continue
+        codes, scales = encode(share_rows(value, row_of_id) if name in (EMBEDDING, HEAD) else value)
+        yield record(f"{name}.q8", codes)
+        yield record(f"{name}.scale", scales)
+
+
+def _respell_records(respell: Mapping[int, tuple[int, ...]]) -> Iterator[Record]:
+    ids = sorted(respell)
+    offsets = [0]
+    for i in ids:
+        offsets.append(offsets[-1] + len(respell[i]))
+    for name, values in zip(_RESPELL, (ids, offsets, [piece for i in ids for piece in respell[i]]), strict=True):
+        yield record(name, torch.tensor(values, dtype=torch.int32))
+
+
+def _check_respell(respell: Mapping[int, tuple[int, ...]], vocab_size: int) -> None:
+    for i, spelled in respell.items():
+        if not spelled or not all(0 <= piece < vocab_size for piece in (i, *spelled)):
+            raise CheckpointError(f"respell: {i} -> {spelled!r} is empty or outside the vocabulary of {vocab_size}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_manifest(folder: Path, path: Path) -> None:
+    manifest: Any
+    try:
+        manifest = json.loads(inside(folder, MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{MANIFEST_NAME}: not JSON") from None
+    if not isinstance(manifest, dict) or manifest.keys() != {"sha256", "size"}:
+        raise CheckpointError(f"{MANIFEST_NAME}: expected an object with sha256 and size")
+    size = path.stat().st_size
+    if size != manifest["size"]:
+        raise CheckpointError(
+            f"{SINGLE_NAME}: {size:,} bytes, but {MANIFEST_NAME} says {manifest['size']!r}; install again"
+        )
+    if _sha256(path) != manifest["sha256"]:
+        raise CheckpointError(
+            f"{SINGLE_NAME}: sha256 is not the one in {MANIFEST_NAME}: the file is damaged; install again"
+        )
+
+
+def _check_entries(config: MixtralConfig, header: Header, rows: int) -> None:
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {_ROWS: ("I32", (config.vocab_size,))}
+    for name, shape in parameter_shapes(config).items():
+        if not _is_coded(name, shape):
+            expected[name] = ("F32", shape)
+            continue
+        stored = (rows, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+        expected[f"{name}.q8"] = ("I8", stored)
+        expected[f"{name}.scale"] = ("F16", (*stored[:-1], stored[-1] // GROUP))
+    for name in _RESPELL:
+        expected[name] = ("I32", header.entries[name].shape[:1] if name in header.entries else (0,))
+    found = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
+    odd = [name for name in [*expected, *found] if expected.get(name) != found.get(name)]
+    if odd:
+        raise CheckpointError(
+            f"{SINGLE_NAME}: {odd[0]!r} is {found.get(odd[0], 'missing')}, "
+            f"expected {expected.get(odd[0], 'no such tensor')}"
+        )
+
+
+def _small(header: Header, reader: ShardReader, name: str) -> Tensor:
+    entry = header.entries.get(name)
+    if entry is None or entry.dtype != "I32" or len(entry.shape) != 1:
+        raise CheckpointError(f"{SINGLE_NAME}: expected a tensor {name!r} of int32 with one dimension")
+    return _tensor(entry, reader)
+
+
+def _tensor(entry: Entry, reader: ShardReader) -> Tensor:
+    value = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+    reader.read(entry, value)
+    return value
+
+
+def _read(header: Header, reader: ShardReader, name: str) -> Tensor:
+    if name in header.entries:
+        return _tensor(header.entries[name], reader)
+    return decode(_tensor(header.entries[f"{name}.q8"], reader), _tensor(header.entries[f"{name}.scale"], reader))
+
+
+def _read_respell(header: Header, reader: ShardReader, vocab_size: int) -> dict[int, tuple[int, ...]]:
+    ids, offsets, spelled = (_small(header, reader, name).tolist() for name in _RESPELL)
+    pairs = list(itertools.pairwise(offsets))
+    if (
+        not offsets
+        or len(pairs) != len(ids)
+        or offsets[0] != 0
+        or offsets[-1] != len(spelled)
+        or any(a >= b for a, b in pairs)
+    ):
+        raise CheckpointError(f"{SINGLE_NAME}: respell.offsets does not divide respell.pieces among respell.ids")
+    respell = {i: tuple(spelled[a:b]) for i, (a, b) in zip(ids, pairs, strict=True)}
+    _check_respell(respell, vocab_size)
+    return respell

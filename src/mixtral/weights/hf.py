@@ -1,0 +1,350 @@
+"""Sharded safetensors with an index, as on the Hugging Face Hub: headers checked first, then one tensor at a time.
+
+Nothing is allocated and nothing is mapped before the header of every shard has been checked against the length of its
+file. Bytes are copied through a mapping whose pages are given back after each chunk, so that a file is never in memory
+beside the parameters that were read from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixtral.errors import CheckpointError
+
+__all__ = [
+    "DTYPES",
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "Entry",
+    "Header",
+    "Record",
+    "ShardReader",
+    "inside",
+    "read_checkpoint",
+    "read_header",
+    "record",
+    "write_shard",
+]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_JSON_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
+CHUNK_BYTES = 32 << 20
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ONE_BYTE = ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+_ITEM_BYTES: Mapping[str, int] = {
+    **dict.fromkeys(_ONE_BYTE, 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor on disk: bytes ``start`` to ``stop`` of the file ``shard``."""
+
+    name: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a safetensors file says it holds, after it was checked against the length of the file."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a regular file of a checkpoint folder, links resolved.
+
+    A link may lead to another file of the folder, or to the blobs of the Hub cache that the folder is part of.
+
+    Raises:
+        CheckpointError: the file is missing, is not a regular file, or a link leads out of the folder.
+    """
+    try:
+        home, real = folder.resolve(strict=True), (folder / name).resolve(strict=True)
+        kind = real.stat().st_mode
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{folder / name}: no such file") from None
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if real.parent not in allowed:
+        raise CheckpointError(f"{folder / name}: a link that leads out of the folder, to {real}; copy the file instead")
+    if not stat.S_ISREG(kind):
+        raise CheckpointError(f"{folder / name}: not a regular file")
+    return real
+
+
+def read_checkpoint(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the checkpoint in ``folder``, by name: from the index and its shards, or from the single file.
+
+    Raises:
+        CheckpointError: no checkpoint, a missing or damaged shard, or an index that disagrees with its shards.
+    """
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if os.path.lexists(single) and os.path.lexists(index):
+        raise CheckpointError(f"{folder} holds both {SINGLE_NAME} and {INDEX_NAME}; keep one of the two checkpoints")
+    if os.path.lexists(single):
+        return read_header(inside(folder, SINGLE_NAME), label=SINGLE_NAME).entries
+    if os.path.lexists(index):
+        return _read_shards(folder, _read_index(inside(folder, INDEX_NAME)))
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; expected a folder with config.json and {SINGLE_NAME}")
+    found = sorted(path.name for path in folder.iterdir())
+    told = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
+    raise CheckpointError(f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards, found {told}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{INDEX_NAME}: larger than {MAX_JSON_BYTES:,} bytes; this is no index")
+    values = _parse_json(path.read_bytes(), INDEX_NAME)
+    weight_map = values.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_NAME}: expected an object 'weight_map' of tensor name -> shard name")
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not {"/", "\\", "\0"} & set(shard)
+        if not plain:
+            raise CheckpointError(
+                f"{INDEX_NAME}: {name!r} is said to be in {shard!r}; expected the plain name of a .safetensors file "
+                "in the same folder"
+            )
+    return weight_map
+
+
+def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(shards)} shards named in {INDEX_NAME} are missing: "
+            f"{_first(missing)}; download them again"
+        )
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        found = read_header(inside(folder, shard), label=shard).entries
+        twice = [name for name in found if name in entries]
+        if twice:
+            raise CheckpointError(f"{shard}: {twice[0]!r} is also in {entries[twice[0]].shard.name}")
+        strays = [name for name in found if weight_map.get(name) != shard]
+        if strays:
+            said = (
+                f"which {INDEX_NAME} puts in {weight_map[strays[0]]}" if strays[0] in weight_map else "not in the index"
+            )
+            raise CheckpointError(f"{shard}: holds {strays[0]!r}, {said}; index and shards do not belong together")
+        entries |= found
+    absent = [name for name in weight_map if name not in entries]
+    if absent:
+        raise CheckpointError(
+            f"{weight_map[absent[0]]}: {INDEX_NAME} promises {_first(absent)}, which it does not hold"
+        )
+    return entries
+
+
+def read_header(path: Path, *, label: str | None = None) -> Header:
+    """Read and check the header of a safetensors file; reads nothing else.
+
+    Raises:
+        CheckpointError: the file is truncated, or its header is damaged or disagrees with the length of the file.
+    """
+    label = label or path.name
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            count = int.from_bytes(file.read(8), "little")
+            if size < 8 or count > size - 8:
+                raise CheckpointError(
+                    f"{label}: truncated or no safetensors file: {size:,} bytes, but the header alone claims {count:,}"
+                )
+            if count > MAX_JSON_BYTES:
+                raise CheckpointError(f"{label}: header of {count:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+            values = _parse_json(file.read(count), label)
+    except OSError as error:
+        raise CheckpointError(f"{label}: cannot be read ({error.strerror})") from None
+    metadata = values.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{label}: __metadata__ is not an object of strings")
+    entries = {name: _entry(name, value, path, 8 + count, label) for name, value in values.items()}
+    _check_extent(entries.values(), 8 + count, size, label)
+    return Header(entries, metadata)
+
+
+def _entry(name: str, value: Any, path: Path, data_start: int, label: str) -> Entry:
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{label}: {name!r} has {value!r:.80}; expected dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"{label}: {name!r} has the unknown dtype {dtype!r}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(f"{label}: {name!r} has the shape {shape!r:.80}; expected a list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{label}: {name!r} has data_offsets {offsets!r:.80}; expected [start, stop]")
+    expected = math.prod(shape) * _ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != expected:
+        raise CheckpointError(
+            f"{label}: {name!r} occupies {offsets[1] - offsets[0]:,} bytes, but {dtype} {shape} needs {expected:,}"
+        )
+    return Entry(name, path, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def _check_extent(entries: Iterable[Entry], data_start: int, size: int, label: str) -> None:
+    """Tensors must fill the file from the end of the header to its last byte, without gap or overlap."""
+    position = data_start
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != position:
+            what = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
+            raise CheckpointError(f"{label}: {entry.name!r} {what} (starts at byte {entry.start:,}, not {position:,})")
+        position = entry.stop
+    if position > size:
+        raise CheckpointError(
+            f"{label}: truncated: {size:,} bytes, but its header promises {position:,}; download it again"
+        )
+    if position < size:
+        raise CheckpointError(f"{label}: {size - position:,} bytes after the last tensor; the file is damaged")
+
+
+def _parse_json(data: bytes, label: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(f"{label}: {twice!r} appears twice")
+        return values
+
+    try:
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{label}: not JSON ({str(error)[:120]})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{label}: expected a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+class ShardReader:
+    """Copies tensors out of shards that ``read_header`` has checked. A context manager; not for several threads."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Closed by reference count: an explicit close would fail while an exception still holds a view.
+        self._maps.clear()
+
+    def read(self, entry: Entry, target: Tensor) -> None:
+        """Copy a tensor into ``target``: contiguous, of the same shape, on any device; the dtype may differ.
+
+        Raises:
+            CheckpointError: the file changed since its header was read, or a value does not fit into float16.
+        """
+        flat, dtype = target.view(-1), DTYPES[entry.dtype]
+        data = self._map(entry)
+        step = CHUNK_BYTES // dtype.itemsize
+        for low in range(0, flat.numel(), step):
+            count, start = min(step, flat.numel() - low), entry.start + low * dtype.itemsize
+            part = torch.frombuffer(data, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
+            # A header may have any length, so the values need not be aligned.
+            values = part.view(dtype) if start % dtype.itemsize == 0 else part.clone().view(dtype)
+            flat[low : low + count].copy_(values)
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            data.madvise(mmap.MADV_DONTNEED, first, start + count * dtype.itemsize - first)
+        if target.dtype == torch.float16 != dtype and not bool(target.isfinite().all()):
+            raise CheckpointError(
+                f"{entry.name!r} holds values beyond the range of float16 (65504); load it as bfloat16 or float32"
+            )
+
+    def _map(self, entry: Entry) -> mmap.mmap:
+        data = self._maps.get(entry.shard)
+        if data is None:
+            try:
+                with entry.shard.open("rb") as file:
+                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{entry.shard.name}: cannot be read ({error})") from None
+            self._maps[entry.shard] = data
+        if entry.stop > len(data):
+            raise CheckpointError(f"{entry.shard.name}: became shorter while it was read")
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One tensor to be written: ``tensor`` is called when its turn comes, and its result is dropped afterwards."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    tensor: Callable[[], Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that the tensor takes on disk."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def record(name: str, tensor: Tensor) -> Record:
+    """A tensor that is there already, as a record to be written."""
+    return Record(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def write_shard(path: Path, records: Iterable[Record], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, a tensor at a time. The caller flushes it to disk and renames it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # Widest values first keeps every tensor aligned without padding, which the format does not allow.
+    ordered = sorted(records, key=lambda record: -record.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for item in ordered:
+        stop = position + item.size_bytes
+        header[item.name] = {"dtype": _NAMES[item.dtype], "shape": list(item.shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for item in ordered:
+            values = item.tensor().detach().to(device="cpu", dtype=item.dtype).contiguous().view(-1)
+            file.write(values.view(torch.uint8).numpy().data)

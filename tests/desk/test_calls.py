@@ -1,0 +1,216 @@
+"""Function calls: determinism, splits, valid calls with values from the user's words, well-formed conversations."""
+
+import hashlib
+import json
+import re
+
+import pytest
+
+from mixtral.desk import world
+from mixtral.desk.calls import FUNCTIONS, HELD_OUT, calls, definition, functions_of
+from mixtral.desk.source import SPLITS, split_of
+
+GOLDEN = {"train": "3bfe651a16ca8bdd", "validation": "243f68a8f91c4612", "test": "f1e2bfd59b732008"}
+HELD_OUT_SPLITS = ("validation", "test")
+TYPES = {"string": str, "integer": int, "boolean": bool}
+SMALL_NUMBERS = {
+    "en": "two three four five six seven eight nine",
+    "fr": "deux trois quatre cinq six sept huit neuf",
+    "de": "zwei drei vier fünf sechs sieben acht neun",
+    "es": "dos tres cuatro cinco seis siete ocho nueve",
+    "it": "due tre quattro cinque sei sette otto nove",
+}
+
+
+def documents(split, count=600, seed=3):
+    return [calls(seed, split, number) for number in range(count)]
+
+
+def made_calls(document):
+    """(name, arguments as JSON text) of every call in the conversation."""
+    return [
+        (call["function"]["name"], call["function"]["arguments"])
+        for message in document.messages
+        for call in message.get("tool_calls", ())
+    ]
+
+
+def problems(arguments, parameters):
+    """What is wrong with the arguments under a function's schema."""
+    properties = parameters["properties"]
+    found = [f"missing {name}" for name in parameters["required"] if name not in arguments]
+    for name, value in arguments.items():
+        if name not in properties:
+            found.append(f"unknown {name}")
+        elif type(value) is not TYPES[properties[name]["type"]]:
+            found.append(f"{name} is {value!r}")
+        elif value not in properties[name].get("enum", [value]):
+            found.append(f"{name} is {value!r}, not in the enum")
+    return found
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_first_200_documents_are_frozen(split):
+    text = json.dumps([[d.messages, d.tools, d.answer, d.suite] for d in documents(split, 200)], ensure_ascii=False)
+    assert hashlib.blake2b(text.encode(), digest_size=8).hexdigest() == GOLDEN[split]
+
+
+def test_a_document_depends_on_all_its_keys():
+    assert calls(1, "train", 5) == calls(1, "train", 5)
+    assert calls(1, "train", 5) != calls(2, "train", 5)
+    assert calls(1, "train", 5) != calls(1, "train", 6)
+    assert calls(1, "train", 5).messages != calls(1, "test", 5).messages
+
+
+def test_there_are_40_functions_and_12_are_held_out():
+    assert len(FUNCTIONS) == 40
+    assert [list(HELD_OUT.values()).count(split) for split in HELD_OUT_SPLITS] == [6, 6]
+    assert set(HELD_OUT) < set(FUNCTIONS)
+    assert functions_of("train", unseen=True) == ()
+
+
+def test_held_out_functions_consist_of_trained_parts():
+    trained = [FUNCTIONS[name] for name in functions_of("train")]
+    for name in HELD_OUT:
+        assert FUNCTIONS[name].verb in {function.verb for function in trained}
+        assert FUNCTIONS[name].thing in {function.thing for function in trained}
+        assert set(FUNCTIONS[name].slots) <= {slot for function in trained for slot in function.slots} | {"at_street"}
+        parameters = definition(name)["function"]["parameters"]["properties"]
+        known = {
+            key for other in functions_of("train") for key in definition(other)["function"]["parameters"]["properties"]
+        }
+        assert set(parameters) <= known
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_functions_stay_in_their_split(split):
+    for document in documents(split):
+        names = {tool["function"]["name"] for tool in document.tools}
+        assert all(HELD_OUT.get(name, split) == split for name in names)
+        called = {name for name, _ in made_calls(document)}
+        assert (document.suite == "calls/unseen") == bool(called & set(HELD_OUT))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_values_stay_in_their_split(split):
+    patterns = {"date": r"\b2026-(\d\d-\d\d)\b", "time": r"\b(\d\d:\d\d)\b", "code": r"\b([A-Z]{2}\d\d)\b"}
+    seen = 0
+    for document in documents(split):
+        text = " ".join(message.get("content") or "" for message in document.messages)
+        for inventory, pattern in patterns.items():
+            for value in re.findall(pattern, text):
+                assert split_of("value", inventory, value) == split
+                seen += 1
+        for _, arguments in made_calls(document):
+            values = json.loads(arguments)
+            for inventory in ("city", "restaurant", "street", "room"):
+                if inventory in values:
+                    assert split_of("value", inventory, values[inventory]) == split
+            for inventory, part in zip(("first_name", "last_name"), values.get("name", "").split(), strict=False):
+                assert split_of("value", inventory, part) == split
+    assert seen > 100
+
+
+def test_no_held_out_request_is_a_training_request():
+    train = {document.messages[0]["content"] for document in documents("train", 3000)}
+    for split in HELD_OUT_SPLITS:
+        assert not [d for d in documents(split) if d.messages[0]["content"] in train]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_call_fits_the_schema_of_an_offered_function(split):
+    for document in documents(split):
+        offered = {tool["function"]["name"]: tool["function"]["parameters"] for tool in document.tools}
+        assert len(offered) == len(document.tools)
+        assert 1 <= len(offered) <= 3
+        for name, text in made_calls(document):
+            arguments = json.loads(text)
+            assert problems(arguments, offered[name]) == []
+            assert text == json.dumps(arguments, ensure_ascii=False)
+            assert list(arguments) == [key for key in offered[name]["properties"] if key in arguments]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_value_comes_from_the_users_words(split):
+    for document in documents(split):
+        said = document.messages[0]["content"]
+        numbers = SMALL_NUMBERS[document.language].split()
+        enums = {
+            (tool["function"]["name"], key)
+            for tool in document.tools
+            for key, value in tool["function"]["parameters"]["properties"].items()
+            if "enum" in value
+        }
+        for name, text in made_calls(document):
+            for key, value in json.loads(text).items():
+                if isinstance(value, bool) or (name, key) in enums:
+                    continue
+                words = re.findall(r"\w+", said)
+                spelled = isinstance(value, int) and 2 <= value <= 9 and numbers[value - 2] in words
+                assert spelled or (str(value) in words if isinstance(value, int) else value in said), (said, key, value)
+
+
+def test_fixed_choices_are_said_in_the_users_language():
+    words = {("en", True): "with breakfast", ("en", False): "without breakfast", ("de", False): "ohne Frühstück",
+             ("fr", "outside"): "en terrasse", ("it", "German"): "in tedesco", ("es", "first"): "primera"}  # fmt: skip
+    found = set()
+    for document in documents("train", 3000):
+        said = document.messages[0]["content"]
+        for _, text in made_calls(document):
+            for key, value in json.loads(text).items():
+                if key in {"breakfast", "seat", "language", "class"} and (document.language, value) in words:
+                    assert words[document.language, value] in said
+                    found.add((document.language, value))
+    assert found == set(words)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_conversations_are_well_formed(split):
+    for document in documents(split):
+        roles = [message["role"] for message in document.messages]
+        if document.suite == "calls/answer":
+            _, call, result, answer = document.messages
+            call_id = call["tool_calls"][0]["id"]
+            assert roles == ["user", "assistant", "tool", "assistant"]
+            assert re.fullmatch(r"[a-zA-Z0-9]{9}", call_id)
+            assert (call["weight"], result["tool_call_id"]) == (0, call_id)
+            assert result["name"] == call["tool_calls"][0]["function"]["name"]
+            assert isinstance(json.loads(result["content"]), dict)
+            assert document.answer["contains"]
+            assert all(part in answer["content"] for part in document.answer["contains"])
+        else:
+            assert roles == ["user", "assistant"]
+            assert all("id" not in call for call in document.messages[1].get("tool_calls", ()))
+            expected = [(call["name"], call["arguments"]) for call in document.answer["calls"]]
+            assert expected == [(name, json.loads(text)) for name, text in made_calls(document)]
+            assert bool(expected) != bool(document.messages[1].get("content"))
+            assert (document.suite == "calls/none") == (not expected)
+
+
+def test_names_are_allowed_and_definitions_are_plain():
+    for name in FUNCTIONS:
+        tool = definition(name)
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name)
+        assert list(tool) == ["type", "function"]
+        assert list(tool["function"]) == ["name", "description", "parameters"]
+        assert 1 <= len(tool["function"]["parameters"]["properties"]) <= 4
+        assert "{" not in tool["function"]["description"]
+
+
+def test_kinds_and_languages_have_their_shares():
+    train = documents("train", 2000)
+    suites = [document.suite for document in train]
+    parallel = sum(len(document.answer.get("calls", ())) == 2 for document in train)
+    assert abs(suites.count("calls/none") / 2000 - 0.15) < 0.03
+    assert abs(suites.count("calls/answer") / 2000 - 0.30) < 0.04
+    assert abs(parallel / 2000 - 0.10) < 0.03
+    assert abs(sum(document.language == "en" for document in train) / 2000 - 0.60) < 0.04
+    assert {document.language for document in train} == set(world.LANGUAGES)
+    assert {document.suite for document in documents("test")} == {
+        "calls/values", "calls/unseen", "calls/answer", "calls/none"}  # fmt: skip
+
+
+def test_an_absent_function_is_refused_in_words():
+    refused = [document for document in documents("test") if document.suite == "calls/none"]
+    assert len(refused) > 40
+    assert len({document.messages[1]["content"] for document in refused}) == 10

@@ -1,0 +1,103 @@
+"""The town: inventories and their splits, words with grammar, facts."""
+
+import pytest
+
+from mixtral.desk import world
+from mixtral.desk.source import SPLITS, Source
+
+
+@pytest.mark.parametrize("inventory", sorted(world.INVENTORIES))
+def test_every_item_belongs_to_one_split_and_every_split_has_two(inventory):
+    parts = [world.items(inventory, split) for split in SPLITS]
+    assert all(len(part) >= 2 for part in parts)
+    assert sorted(item for part in parts for item in part) == sorted(world.INVENTORIES[inventory])
+    assert len(set(world.INVENTORIES[inventory])) == len(world.INVENTORIES[inventory])
+
+
+def test_draw_stays_in_its_split():
+    source = Source("draw")
+    for split in SPLITS:
+        drawn = {world.draw("last_name", source, split) for _ in range(300)}
+        assert drawn <= set(world.items("last_name", split))
+        assert len(drawn) >= 2
+
+
+def test_unknown_inventory_is_an_error():
+    with pytest.raises(KeyError):
+        world.draw("planets", Source("draw"), "train")
+
+
+def test_split_tables_are_divided_and_the_others_are_shared():
+    for table, rows in world.TABLES.items():
+        parts = [world.keys(table, split) for split in SPLITS]
+        if table in world.SPLIT_TABLES:
+            assert all(len(part) >= 2 for part in parts)
+            assert sorted(key for part in parts for key in part) == sorted(rows)
+        else:
+            assert all(part == tuple(rows) for part in parts)
+
+
+def test_every_word_has_five_languages_and_countable_ones_a_gender():
+    for table, rows in world.TABLES.items():
+        for row in rows.values():
+            assert set(row) == set(world.LANGUAGES)
+            assert all(noun.text for noun in row.values())
+            genders = {language: noun.gender for language, noun in row.items()}
+            if table in {"item", "room_type", "place", "dish", "event"}:
+                assert genders["de"] in {"m", "f", "n"}
+                assert all(genders[language] in {"m", "f"} for language in ("fr", "es", "it"))
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "language", "form", "expected"),
+    [
+        ("item", "umbrella", "en", "a", "an umbrella"),
+        ("item", "scarf", "en", "a", "a scarf"),
+        ("item", "scarf", "fr", "my", "mon écharpe"),
+        ("item", "scarf", "fr", "the", "l'écharpe"),
+        ("item", "key", "fr", "my", "ma clé"),
+        ("place", "castle", "fr", "to", "au Château"),
+        ("place", "castle", "fr", "of", "du Château"),
+        ("place", "aquarium", "fr", "of", "de l'Aquarium"),
+        ("place", "swimming_pool", "fr", "to", "à la Piscine"),
+        ("item", "scarf", "de", "my", "meinen Schal"),
+        ("item", "watch", "de", "my", "meine Uhr"),
+        ("item", "book", "de", "a_acc", "ein Buch"),
+        ("place", "botanical_garden", "de", "the", "der Botanische Garten"),
+        ("place", "botanical_garden", "de", "to", "zum Botanischen Garten"),
+        ("place", "old_mill", "de", "to", "zur Alten Mühle"),
+        ("place", "castle", "es", "of", "del Castillo"),
+        ("place", "swimming_pool", "es", "to", "a la Piscina"),
+        ("item", "backpack", "it", "a", "uno zaino"),
+        ("item", "backpack", "it", "the", "lo zaino"),
+        ("item", "umbrella", "it", "the", "l'ombrello"),
+        ("item", "key", "it", "my", "la mia chiave"),
+        ("item", "ring", "it", "a", "un anello"),
+        ("place", "aquarium", "it", "to", "all'Acquario"),
+    ],
+)
+def test_articles(table, key, language, form, expected):
+    assert world.forms(table, key, language)[form] == expected
+
+
+def test_weekdays_dates_and_prices():
+    assert [world.weekday("sunday", language, every=True) for language in world.LANGUAGES] == [
+        "on Sundays", "le dimanche", "sonntags", "los domingos", "la domenica"]  # fmt: skip
+    assert [world.weekday("monday", language, every=True) for language in ("es", "it")] == ["los lunes", "il lunedì"]
+    assert [world.weekday("monday", language) for language in world.LANGUAGES] == [
+        "on Monday", "lundi", "am Montag", "el lunes", "lunedì"]  # fmt: skip
+    assert [world.date("03-14", language) for language in world.LANGUAGES] == [
+        "14 March", "14 mars", "14. März", "14 de marzo", "14 marzo"]  # fmt: skip
+    assert world.price("9", "de") == "9 Euro"
+    assert world.price(9, "fr") == "9 euros"
+
+
+def test_facts_have_one_answer_per_question_and_no_name_of_a_split():
+    assert len(world.FACTS) >= 60
+    assert world.FACTS["hours/maritime_museum"].values == {"open": "10:00", "close": "17:00"}
+    assert sum(len(world.facts_of(kind)) for kind in {fact.kind for fact in world.FACTS.values()}) == len(world.FACTS)
+    for key, fact in world.FACTS.items():
+        assert fact.key == key
+        assert fact.subject not in world.INVENTORIES["city"]
+        for name, inventory in (("street", "street"), ("restaurant", "restaurant")):
+            assert fact.values.get(name, "") not in world.INVENTORIES[inventory]
