@@ -1,0 +1,71 @@
+"""Attention inside the documents of a training batch, without a mask tensor.
+
+Documents are gathered into groups of similar length as right-padded rows; under causal attention padding on the right cannot
+reach a real token. The cost is the sum of the squared document lengths, not of the packed sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixtral.ops import gather_rows
+
+__all__ = ["Documents"]
+
+_SHORTEST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    rows: int
+    length: int
+
+
+class Documents:
+    """The context of a batch of whole documents: token t of a document sees the document's tokens 0..t and no other."""
+
+    def __init__(self, lengths: Sequence[int], *, device: torch.device | str = "cpu") -> None:
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"document lengths are {list(lengths)[:5]}; expected at least one, each at least 1")
+        self.total = sum(lengths)
+        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+        by_length: dict[int, list[int]] = {}
+        for number, length in enumerate(lengths):
+            by_length.setdefault(_padded(length), []).append(number)
+        self._groups = [_Group(len(numbers), length) for length, numbers in sorted(by_length.items())]
+        index = torch.full((sum(group.rows * group.length for group in self._groups),), -1, dtype=torch.int64)
+        row = 0
+        for length, numbers in sorted(by_length.items()):
+            for number in numbers:
+                index[row : row + lengths[number]] = torch.arange(starts[number], starts[number] + lengths[number])
+                row += length
+        used = torch.nonzero(index >= 0)[:, 0]
+        inverse = torch.empty(self.total, dtype=torch.int64)
+        inverse[index[used]] = used
+        self._index, self._inverse = index.to(device), inverse.to(device)
+        self.positions_T = (torch.arange(self.total) - torch.tensor(starts[:-1]).repeat_interleave(torch.tensor(lengths))).to(device)
+
+    def attend(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        """Causal attention of every token inside its document: [T, H, K]. The layer does not matter."""
+        gathered = [gather_rows(part, self._index, self._inverse) for part in (q_THK, k_TGK, v_TGK)]
+        outs, start = [], 0
+        for group in self._groups:
+            end = start + group.rows * group.length
+            q, k, v = (part[start:end].unflatten(0, (group.rows, group.length)).transpose(1, 2) for part in gathered)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+            start = end
+        return gather_rows(torch.cat(outs), self._inverse, self._index)
+
+
+def _padded(length: int) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, ...: few different shapes, at most a third of padding."""
+    size = _SHORTEST
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
