@@ -41,6 +41,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
 }
 FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
+SMALL_PARTS = {"tokenizer": 900}
 MAY_PRINT = ("cli/output.py",)
 MAY_READ_ENVIRONMENT = ("parallel/mesh.py", "parallel/ray.py")
 MAY_NAME_CUDA = ("ops/cuda.py", "ops/triton.py", "engine/graphs.py", "parallel/mesh.py", "offload/store.py")
@@ -409,7 +410,8 @@ def test_parts_stay_within_their_size() -> None:
     sizes: Counter[str] = Counter()
     for source in package_sources():
         sizes[source.part if "/" in source.path else "top level"] += source.text.count("\n")
-    assert {part: lines for part, lines in sizes.items() if lines > PART_LINES} == {}
+    assert SMALL_PARTS.keys() <= sizes.keys()
+    assert {part: lines for part, lines in sizes.items() if lines > SMALL_PARTS.get(part, PART_LINES)} == {}
 
 
 def test_most_functions_are_short() -> None:

@@ -12,8 +12,8 @@
     ├── NumericalError     the model produced NaN or infinity
     └── TrainingError      a training run cannot start, continue or save
 
-A message says what was got, what is expected and what to do. ``code`` is stable and machine-readable; ``param`` names the
-field, when one field is to blame.
+A message says what was got, what is expected and what to do. ``code`` is stable and machine-readable; ``param`` names
+the field, when one field is to blame.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keyed random choices, train/validation/test splits, and the document that every generator returns.
 
-Everything is an integer function of keys (BLAKE2b in counter mode), so a document depends on (seed, split, number) alone,
-on every machine and every Python version. ``random``, ``hash()``, set order and floats in decisions are not used.
+Everything is an integer function of keys (BLAKE2b in counter mode), so a document depends on (seed, split, number)
+alone, on every machine and every Python version. No decision uses ``random``, ``hash()``, the order of a set or a float.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def split_of(*key: object, held_out_percent: int = 15) -> Split:
 class Document:
     """One generated text: a conversation in the OpenAI message format, or plain text.
 
-    ``messages`` ends with the assistant turn to be learnt; ``answer`` holds what a checker needs (``desk.verify``), as plain
-    JSON values. ``suite`` is the name under which held-out documents are scored, for example ``sums/2-op``.
+    ``messages`` ends with the assistant turn to be learnt; ``answer`` holds what a checker needs (``desk.verify``), as
+    plain JSON values. ``suite`` is the name under which held-out documents are scored, for example ``sums/2-op``.
     """
 
     skill: str

@@ -24,7 +24,7 @@ from mixtral.config import MixtralConfig
 from mixtral.engine.pages import PageAllocator, pages_for
 from mixtral.engine.sampling import History, choose
 from mixtral.errors import CapacityError, RequestError, TokenizerError
-from mixtral.model.batch import Batch
+from mixtral.model.batch import Batch, Output
 from mixtral.model.cache import PagedCache
 from mixtral.model.mixtral import Mixtral
 from mixtral.wire.messages import FinishReason, SamplingParams, TokenEvent
@@ -199,7 +199,8 @@ class _Run:
             positions_T=torch.tensor(positions, device=device),
             context=self.cache.view(spans),
         )
-        return self.model(batch).hidden_TD
+        output: Output = self.model(batch)
+        return output.hidden_TD
 
     def _choose(self, sequence: _Sequence, logits_V: npt.NDArray[np.float32]) -> TokenEvent:
         choice = choose(

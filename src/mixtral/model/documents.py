@@ -48,7 +48,9 @@ class Documents:
         inverse = torch.empty(self.total, dtype=torch.int64)
         inverse[index[used]] = used
         self._index, self._inverse = index.to(device), inverse.to(device)
-        self.positions_T = (torch.arange(self.total) - torch.tensor(starts[:-1]).repeat_interleave(torch.tensor(lengths))).to(device)
+        self.positions_T = (
+            torch.arange(self.total) - torch.tensor(starts[:-1]).repeat_interleave(torch.tensor(lengths))
+        ).to(device)
 
     def attend(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """Causal attention of every token inside its document: [T, H, K]. The layer does not matter."""

@@ -84,10 +84,7 @@ class _Experts(torch.autograd.Function):
         grad_TD = grads[0]
         choices = weights_TA.shape[1]
         grad_weights_TA = torch.stack(
-            [
-                (out_ND.index_select(0, plan.places_TA[:, a]).float() * grad_TD.float()).sum(-1)
-                for a in range(choices)
-            ],
+            [(out_ND.index_select(0, plan.places_TA[:, a]).float() * grad_TD.float()).sum(-1) for a in range(choices)],
             dim=1,
         )
         row_weight_N = weights_TA.new_zeros(plan.rows_N.shape[0])
@@ -124,9 +121,7 @@ def _expert_backward(
     activated = torch.nn.functional.silu(gate)
     torch.mm(grad_out.t(), activated * up, out=grad_down)
     grad_hidden = grad_out @ down
-    grad_products = torch.cat(
-        (torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden * activated), dim=-1
-    )
+    grad_products = torch.cat((torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden * activated), dim=-1)
     torch.mm(grad_products.t(), x, out=grad_gate_up)
     torch.mm(grad_products, gate_up, out=grad_x)
 

@@ -32,8 +32,9 @@ _WHOLE = frozenset({"top_k", "seed", "max_tokens", "logprobs"})
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens. Steps apply in this order: penalties, temperature, top_k, top_p, min_p, draw.
 
-    ``temperature`` below 1e-3 is greedy (ties: lowest id). ``top_k`` 0 is off. ``logprobs`` None is off, otherwise the number
-    of alternatives listed per token. ``seed`` None draws one. ``stop_ids`` end the text and are part of the output.
+    ``temperature`` below 1e-3 is greedy (ties: lowest id). ``top_k`` 0 is off. ``logprobs`` None is off, otherwise the
+    number of alternatives listed per token. ``seed`` None draws one. ``stop_ids`` end the text and are part of the
+    output.
 
     Raises:
         RequestError: a value is out of range, NaN, or of the wrong type; ``param`` names it.

@@ -1,0 +1,1 @@
+"""Training: configuration, data, losses, optimizers, run states, and the pretraining recipe."""

@@ -1,0 +1,176 @@
+"""The configuration of a pretraining run: a strict TOML file with the tables model, data, optim and run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mixtral.config import MixtralConfig, preset
+from mixtral.errors import ConfigError
+
+__all__ = ["DataConfig", "OptimConfig", "PretrainConfig", "RunConfig", "read_pretrain_config"]
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which documents are trained. A step takes ``documents_per_step`` documents, in ``micro_batches`` equal parts.
+
+    ``trained_rows`` is the number of vocabulary rows with weights of their own, chosen by frequency in the first
+    ``sample_documents`` documents; all other ids share one more row. ``prompt_weight`` is the loss weight of tokens that are
+    not the assistant's. ``unknown_per_mille`` input tokens in a thousand are replaced by the shared row. ``mixture`` is the
+    share of every skill in percent; empty is the default of ``desk.write``.
+    """
+
+    seed: int = 1
+    documents_per_step: int = 128
+    micro_batches: int = 1
+    trained_rows: int = 4095
+    sample_documents: int = 40_000
+    prompt_weight: float = 0.2
+    unknown_per_mille: int = 3
+    mixture: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _at_least(self, documents_per_step=1, micro_batches=1, trained_rows=1, sample_documents=1, prompt_weight=0.0)
+        _at_least(self, unknown_per_mille=0)
+        if self.documents_per_step % self.micro_batches:
+            raise ConfigError(
+                f"documents_per_step is {self.documents_per_step}; expected a multiple of micro_batches "
+                f"{self.micro_batches}",
+                param="documents_per_step",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimConfig:
+    """Learning rate (peak; warm-up, constant, linear decay to zero), decay, clipping, and the two auxiliary losses."""
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    decay_fraction: float = 0.25
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    balance_coef: float = 0.01
+    z_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        _at_least(self, learning_rate=1e-12, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0, clip_norm=1e-12)
+        _at_least(self, balance_coef=0.0, z_coef=0.0)
+        if self.decay_fraction > 1:
+            raise ConfigError(f"decay_fraction is {self.decay_fraction}; expected 0 to 1", param="decay_fraction")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """How long, how often to save, and in which precision the matrix products run (masters are always float32)."""
+
+    steps: int
+    seed: int = 1
+    save_every: int = 50
+    keep_last: int = 2
+    dtype: str = "bfloat16"
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(self, steps=1, save_every=1, keep_last=1, threads=1)
+        if self.dtype not in {"bfloat16", "float32"}:
+            raise ConfigError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'", param="dtype")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainConfig:
+    """All of a pretraining run. ``model`` has the full vocabulary; training itself keeps ``trained_rows`` + 1 rows."""
+
+    model: MixtralConfig
+    data: DataConfig
+    optim: OptimConfig
+    run: RunConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; ``from_dict`` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str) -> PretrainConfig:
+        """Read the four tables; ``model`` is a table of sizes or ``{preset = "tiny"}`` with some of them changed."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        _refuse_unknown(values, known, source)
+        for name in known:
+            if not isinstance(values.get(name, {}), Mapping):
+                raise ConfigError(f"{source}: {name} is {values[name]!r}; expected a table", param=name)
+        sizes = dict(values.get("model", {}))
+        if "preset" in sizes:
+            base = dataclasses.asdict(preset(str(sizes.pop("preset"))))
+            sizes = base | sizes
+        return cls(
+            model=MixtralConfig.from_dict(sizes, source=f"{source}: model"),
+            data=_read(DataConfig, values.get("data", {}), f"{source}: data"),
+            optim=_read(OptimConfig, values.get("optim", {}), f"{source}: optim"),
+            run=_read(RunConfig, values.get("run", {}), f"{source}: run"),
+        )
+
+
+def read_pretrain_config(path: Path) -> PretrainConfig:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a key is unknown, or a value is out of range.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML ({error})") from None
+    return PretrainConfig.from_dict(values, source=path.name)
+
+
+def _read(kind: type[C], values: Mapping[str, Any], source: str) -> C:
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    _refuse_unknown(values, list(fields), source)
+    for name, value in values.items():
+        wanted = str(fields[name].type)
+        fits = {
+            "int": isinstance(value, int) and not isinstance(value, bool),
+            "float": isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+            "str": isinstance(value, str),
+            "dict[str, int]": isinstance(value, dict) and all(isinstance(v, int) and v >= 0 for v in value.values()),
+        }
+        if not fits[wanted]:
+            raise ConfigError(f"{source}: {name} is {value!r}; expected {wanted}", param=name)
+    missing = [n for n, f in fields.items() if n not in values and _is_required(f)]
+    if missing:
+        raise ConfigError(f"{source}: missing key {missing[0]!r}", param=missing[0])
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}", param=error.param) from None
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"{source}: unknown key {key!r}{hint}", param=key)
+
+
+def _at_least(config: object, **least: float) -> None:
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value < low:
+            raise ConfigError(f"{name} is {value}; expected at least {low}", param=name)

@@ -1,0 +1,117 @@
+"""The batch of a step, as a pure function of the seed and the step: nothing to save, nothing to skip on resume.
+
+Step s trains the documents s * n .. (s + 1) * n - 1 of the training split, each with its own positions and its own attention;
+documents are laid end to end without padding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixtral.desk.source import Document, Source, Split
+from mixtral.desk.write import document
+from mixtral.errors import TrainingError
+from mixtral.tokenizer import Tokenizer, encode_chat
+from mixtral.train.config import DataConfig
+from mixtral.weights.vocab import build_respell, row_map
+
+__all__ = ["DeskData", "TokenBatch", "choose_trained_ids", "encode_document"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """T tokens of whole documents: input rows, rows to predict, their loss weights, and the document lengths."""
+
+    inputs_T: Tensor
+    labels_T: Tensor
+    weights_T: Tensor
+    lengths: tuple[int, ...]
+
+
+def encode_document(tokenizer: Tokenizer, item: Document) -> tuple[list[int], list[bool]]:
+    """Ids of a document and which of them are the assistant's (or, in plain text, everything after the first)."""
+    if item.text:
+        ids = tokenizer.encode(item.text, bos=True, eos=True)
+        return ids, [place > 0 for place in range(len(ids))]
+    encoded = encode_chat(tokenizer, item.messages, item.tools or None, for_training=True)
+    return encoded.ids, encoded.trained
+
+
+def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
+    """The ids that get rows of their own: controls of the chat format, bytes, single characters seen, then the most frequent.
+
+    Decided by the training split alone. ``tokenizer`` must not respell.
+    """
+    counts: Counter[int] = Counter()
+    for number in range(config.sample_documents):
+        counts.update(encode_document(tokenizer, document(config.seed, "train", number, config.mixture or None))[0])
+    kept = {0, tokenizer.bos_id, tokenizer.eos_id}
+    kept |= {i for i in range(tokenizer.vocab_size) if tokenizer.is_byte(i) or (tokenizer.is_control(i) and counts[i])}
+    kept |= {i for i in counts if len(tokenizer.piece(i).lstrip("▁")) <= 1}
+    kept |= set(tokenizer.encode("0 1 2 3 4 5 6 7 8 9"))
+    ranked = sorted((i for i in counts if i not in kept), key=lambda i: (-counts[i], i))
+    fill = (i for i in range(tokenizer.vocab_size) if i not in kept and i not in counts and not tokenizer.is_control(i))
+    for source in (iter(ranked), fill):
+        for i in source:
+            if len(kept) >= config.trained_rows:
+                break
+            kept.add(i)
+    if len(kept) > config.trained_rows:
+        raise TrainingError(
+            f"trained_rows is {config.trained_rows}; the indispensable ids alone are {len(kept)}. Raise trained_rows"
+        )
+    return sorted(kept)
+
+
+class DeskData:
+    """Batches of the town desk for a set of trained ids. ``row_of_id`` [V] maps ids to rows; the last row is shared."""
+
+    def __init__(self, config: DataConfig, trained: list[int], version: str = "v3") -> None:
+        self.config = config
+        plain = Tokenizer.from_version(version)
+        surfaces = [plain.token_bytes(i) for i in range(plain.vocab_size)]
+        self.respell = build_respell(surfaces, set(trained))
+        self.tokenizer = Tokenizer.from_version(version, respell=self.respell)
+        self.row_of_id = row_map(trained, plain.vocab_size)
+        self.rows = len(trained) + 1
+        self.copies_of_last = plain.vocab_size - len(trained)
+
+    def micro_batches(self, step: int, *, split: Split = "train") -> Iterator[TokenBatch]:
+        """The parts of a step's batch."""
+        size = self.config.documents_per_step // self.config.micro_batches
+        for part in range(self.config.micro_batches):
+            first = step * self.config.documents_per_step + part * size
+            yield self._batch(range(first, first + size), split)
+
+    def _batch(self, numbers: range, split: Split) -> TokenBatch:
+        inputs: list[int] = []
+        labels: list[int] = []
+        weights: list[float] = []
+        lengths = []
+        for number in numbers:
+            item = document(self.config.seed, split, number, self.config.mixture or None)
+            ids, trained = encode_document(self.tokenizer, item)
+            inputs += ids[:-1]
+            labels += ids[1:]
+            weights += [1.0 if own else self.config.prompt_weight for own in trained[1:]]
+            lengths.append(len(ids) - 1)
+        rows_T = self.row_of_id[torch.tensor(inputs)].long()
+        labels_T = self.row_of_id[torch.tensor(labels)].long()
+        if int(labels_T.max()) == self.rows - 1:
+            odd = labels[int(labels_T.argmax())]
+            raise TrainingError(f"token {odd} has no row of its own, so it cannot be learnt; raise trained_rows")
+        if split == "train":
+            rows_T = self._with_unknowns(rows_T, numbers.start)
+        return TokenBatch(rows_T, labels_T, torch.tensor(weights), tuple(lengths))
+
+    def _with_unknowns(self, rows_T: Tensor, key: int) -> Tensor:
+        """Replace a few inputs by the shared row, so that it means "a word I do not know"."""
+        source = Source("unknown", self.config.seed, key)
+        count = rows_T.numel() * self.config.unknown_per_mille // 1000
+        places = torch.tensor([source.below(rows_T.numel()) for _ in range(count)], dtype=torch.int64)
+        return rows_T.index_fill(0, places, self.rows - 1)

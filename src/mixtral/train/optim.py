@@ -1,0 +1,135 @@
+"""Float32 master weights under Muon (matrices) and AdamW (embeddings, head, norms, routers), with clipping.
+
+The model computes in its own dtype; after every step its parameters are the masters, rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mixtral.train.config import OptimConfig
+
+__all__ = ["Optimizer", "learning_rate", "orthogonalise"]
+
+_BETAS = (0.9, 0.95)
+_EPS = 1e-8
+_MOMENTUM = 0.95
+# Quintic Newton-Schulz coefficients of Muon (K. Jordan, 2024, "Muon: an optimizer for hidden layers in neural networks").
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Warm-up, constant, then linear decay to zero over the last ``decay_fraction`` of ``steps``; ``step`` counts from 0."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    decay_steps = config.decay_fraction * steps
+    decay = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
+    return config.learning_rate * warmup * decay
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring all singular values of every matrix [..., M, N] near 1: five Newton-Schulz steps in bfloat16."""
+    x = matrices.to(torch.bfloat16)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether Muon updates this parameter."""
+    return any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"))
+
+
+class Optimizer:
+    """Masters and moments of a model. ``state()`` and ``load()`` move all of it; ``step()`` is deterministic."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.config = config
+        self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
+        self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        self._grads: dict[str, Tensor] = {}
+        self._first = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        self._second = {n: torch.zeros_like(master) for n, master in self.masters.items() if not _is_matrix(n)}
+        self.steps = 0
+
+    def accumulate(self) -> None:
+        """Add the parameters' gradients to the float32 sums, and drop them."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                continue
+            grad = parameter.grad.float()
+            self._grads[name] = self._grads[name].add_(grad) if name in self._grads else grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, rate: float) -> float:
+        """Update the masters from the summed gradients and the model from the masters; the norm before clipping."""
+        norm = math.sqrt(sum(float(grad.square().sum()) for grad in self._grads.values()))
+        scale = min(1.0, self.config.clip_norm / (norm + 1e-12)) if math.isfinite(norm) else 0.0
+        if scale:
+            self.steps += 1
+            for name, grad in self._grads.items():
+                update = self._muon(name, grad * scale) if _is_matrix(name) else self._adam(name, grad * scale)
+                master = self.masters[name]
+                if not name.endswith("norm.weight"):
+                    master.mul_(1 - rate * self.config.weight_decay)
+                master.sub_(update, alpha=rate)
+        self._grads = {}
+        self.refresh()
+        return norm
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the masters into the model's parameters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.masters[name])
+
+    def _muon(self, name: str, grad: Tensor) -> Tensor:
+        momentum = self._first[name].mul_(_MOMENTUM).add_(grad)
+        wanted = grad.add(momentum, alpha=_MOMENTUM)
+        # Gate and up are two matrices that only share a tensor.
+        parts = wanted.unflatten(-2, (2, -1)) if "gate_up_proj" in name else wanted
+        # This factor makes one learning rate serve both optimizers (Moonlight, arXiv 2502.16982, section 2.2).
+        factor = 0.2 * math.sqrt(max(parts.shape[-2:]))
+        return orthogonalise(parts).mul_(factor).reshape(wanted.shape)
+
+    def _adam(self, name: str, grad: Tensor) -> Tensor:
+        first = self._first[name].lerp_(grad, 1 - _BETAS[0])
+        second = self._second[name].lerp_(grad.square(), 1 - _BETAS[1])
+        corrected = second / (1 - _BETAS[1] ** self.steps)
+        return first / (1 - _BETAS[0] ** self.steps) / corrected.sqrt_().add_(_EPS)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that continues a run, by name; the tensors themselves, not copies."""
+        return {
+            **{f"master.{name}": value for name, value in self.masters.items()},
+            **{f"first.{name}": value for name, value in self._first.items()},
+            **{f"second.{name}": value for name, value in self._second.items()},
+            "steps": torch.tensor([self.steps], dtype=torch.int64),
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a state of the same model.
+
+        Raises:
+            ValueError: names or shapes are not those of this model.
+        """
+        own = self.state()
+        wrong = [name for name in own.keys() | state.keys() if name not in own or name not in state]
+        wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+        if wrong:
+            raise ValueError(f"the state does not fit the model at {min(wrong)!r}")
+        for name, value in own.items():
+            value.copy_(state[name])
+        self.steps = int(state["steps"])
+        self.refresh()
