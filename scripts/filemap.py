@@ -42,6 +42,8 @@ NOTES = {
     "src/mixtral/server/page/index.html": "the chat page: structure",
     "src/mixtral/server/page/style.css": "the chat page: looks",
     "src/mixtral/py.typed": "tells type checkers that the package is typed",
+    "tests/oracles/": "slow and plain definitions that tests compare with",
+    "tests/pinned/": "what must not change unseen: the public names",
 }
 
 
@@ -91,7 +93,7 @@ def render(root: Path) -> str:
         folder = name.rsplit("/", 1)[0]
         if name.startswith("tests/") and folder != "tests":
             folder = "/".join(name.split("/")[:2])
-            rows[f"{folder}/"] = f"tests of {folder.removeprefix('tests/')}"
+            rows[f"{folder}/"] = NOTES.get(f"{folder}/", f"tests of {folder.removeprefix('tests/')}")
         else:
             rows[name] = describe(root, name)
     width = max(len(name) for name in rows)

@@ -1,7 +1,7 @@
 """Keyed random choices, train/validation/test splits, and the document that every generator returns.
 
 Everything is an integer function of keys (BLAKE2b in counter mode), so a document depends on (seed, split, number)
-alone, on every machine and every Python version. No decision uses ``random``, ``hash()``, the order of a set or a float.
+alone, on every machine and every Python version. No decision uses ``random``, ``hash()``, set order or floats.
 """
 
 from __future__ import annotations

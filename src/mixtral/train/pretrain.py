@@ -92,7 +92,9 @@ class Pretraining:
         rate = learning_rate(self.config.optim, self.steps_done, self.config.run.steps)
         norm = self.optimizer.step(rate)
         if not math.isfinite(sums["loss"]) or not math.isfinite(norm):
-            raise TrainingError(f"step {self.steps_done + 1}: the loss or its gradient is not finite; lower learning_rate")
+            raise TrainingError(
+                f"step {self.steps_done + 1}: the loss or its gradient is not finite; lower learning_rate"
+            )
         seconds = time.monotonic() - start
         self.steps_done += 1
         self.tokens_total += tokens

@@ -1,0 +1,46 @@
+"""``mixtral evaluate``: score a model on the held-out suites of the town desk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from mixtral.cli import answers, output
+from mixtral.cli.generate import DeviceOption, DtypeOption, ModelOption
+from mixtral.errors import ConfigError
+
+__all__ = ["run"]
+
+
+def run(
+    model: ModelOption = "embedded",
+    suite: Annotated[list[str] | None, typer.Option(help="Suite to score; may be repeated; default: all.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Documents of each suite.")] = 100,
+    split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out split.")] = "validation",
+    seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 1,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the scores as JSON.")] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
+) -> None:
+    """Score a model on held-out documents: greedy answers, checked; with intervals and trivial baselines."""
+    from mixtral.api import load
+    from mixtral.desk.write import SUITES
+    from mixtral.evaluate.desk import score, to_json, to_markdown
+
+    chosen = list(dict.fromkeys(suite or SUITES))
+    unknown = [name for name in chosen if name not in SUITES]
+    if unknown:
+        raise ConfigError(f"unknown suite {unknown[0]!r}; expected one of {', '.join(SUITES)}", param="suite")
+    if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
+        raise ConfigError(f"--json is {str(json_path)!r}; expected a file in an existing folder", param="json")
+    llm = load(model, device=device, dtype=dtype)
+
+    def on_batch(name: str, answered: int, total: int) -> None:
+        output.note(f"{name}: {answered} of {total} answered")
+
+    scores = score(answers.answerer(llm, on_batch), chosen, count, seed=seed, split=split)
+    output.write(to_markdown(scores))
+    if json_path is not None:
+        json_path.write_text(to_json(scores), encoding="utf-8")
