@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import socket
@@ -217,6 +218,33 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
     "chat: model missing": (["chat", "--model", "nowhere"], "nowhere: no such folder"),
     "inspect: nothing given": (["inspect"], "Missing argument"),
     "no such command": (["generat"], "No such command 'generat'"),
+    "train: no command": (["train"], "Missing command"),
+    "train: config missing": (["train", "pretrain", "{new}/no.toml", "--out", "{new}/run"], "no.toml: cannot be read"),
+    "train: config with an unknown key": (
+        ["train", "pretrain", "{new}/unknown.toml", "--out", "{new}/run"],
+        "unknown.toml: run: unknown key 'step' (did you mean 'steps'?)",
+    ),
+    "train: config not TOML": (["train", "pretrain", "{good}/config.json", "--out", "{new}/run"], "not TOML"),
+    "train: a file in the place of the run": (
+        ["train", "pretrain", "{new}/right.toml", "--out", "{good}/config.json"],
+        "config.json: File exists",
+    ),
+    "train: time below zero": (["train", "pretrain", "a", "--out", "b", "--max-seconds", "-1"], "--max-seconds"),
+    "export: folder missing": (["train", "export", "{new}/nothing", "{new}/model"], "nothing: no such folder"),
+    "export: folder without states": (["train", "export", "{good}", "{new}/model"], "holds no whole run state"),
+    "evaluate: unknown suite": (["evaluate", "--model", "{good}", "--suite", "sums"], "unknown suite 'sums'"),
+    "evaluate: count zero": (["evaluate", "--model", "{good}", "--count", "0"], "--count"),
+    "evaluate: training split": (["evaluate", "--model", "{good}", "--split", "train"], "--split"),
+    "evaluate: no folder for the scores": (["evaluate", "--model", "{good}", "--json", "{new}/a/b.json"], "--json is"),
+    "evaluate: model missing": (["evaluate", "--model", "nowhere"], "nowhere: no such folder"),
+    "evaluate: model without functions": (
+        ["evaluate", "--model", "{good}", "--suite", "calls/none", "--count", "1"],
+        "v1",
+    ),
+}
+TRAINING = {
+    "right": 'model = { preset = "tiny" }\nrun = { steps = 1 }',
+    "unknown": 'model = { preset = "tiny" }\nrun = { steps = 1, step = 1 }',
 }
 SAMPLING = {
     "negative max tokens": ("--max-tokens", "-1", "max_tokens is -1"),
@@ -246,11 +274,14 @@ OPTIONS |= {
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_wrong_option(kind: str, good: Path, capsys: Capture) -> None:
+def test_wrong_option(kind: str, good: Path, tmp_path: Path, capsys: Capture) -> None:
     arguments, message = OPTIONS[kind]
+    for name, text in TRAINING.items():
+        (tmp_path / f"{name}.toml").write_text(text)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        filled = [each.replace("{good}", str(good)).replace("{port}", port) for each in arguments]
+        places = {"{good}": str(good), "{new}": str(tmp_path), "{port}": port}
+        filled = [functools.reduce(lambda text, place: text.replace(*place), places.items(), e) for e in arguments]
         fails(filled, message.replace("{port}", port), capsys)
 
 

@@ -76,10 +76,9 @@ def test_sequences_of_a_batch_do_not_see_each_other(tiny_config: MixtralConfig) 
 def test_decoding_token_by_token_equals_the_whole_prompt(tiny_model: Mixtral, read: Read) -> None:
     """B7: sequences of different length end one after the other."""
     prompts = [[i * 7 % 320 for i in range(length)] for length in (70, 3, 40)]
-    for found, alone in zip(
-        read(tiny_model, prompts, chunk=1), [read(tiny_model, [p])[0] for p in prompts], strict=True
-    ):
-        assert (found - alone).abs().max() < 1e-5
+    for prompt, found in zip(prompts, read(tiny_model, prompts, chunk=1), strict=True):
+        (alone,) = read(tiny_model, [prompt])
+        assert (found - alone).abs().max() < 1e-5 * alone.abs().max()
 
 
 def test_positions_that_restart_in_a_chunk_are_another_sequence(tiny_model: Mixtral, read: Read) -> None:
@@ -92,13 +91,12 @@ def test_positions_that_restart_in_a_chunk_are_another_sequence(tiny_model: Mixt
             tiny_model(Batch(ids[:60], torch.arange(60), cache.view([([0, 1], 0, 60)])))
             later = Batch(ids[60:], torch.arange(20) + offset, cache.view([([0, 1], 60, 20)]))
             difference = (tiny_model.logits(tiny_model(later).hidden_TD) - expected[60:]).abs().max()
-        assert (difference < 1e-5) == right
-        assert right or difference > 1e-2
+        assert difference < 1e-4 if right else difference > 1e-2
 
 
 def test_later_tokens_do_not_reach_back(tiny_model: Mixtral, read: Read) -> None:
     ids = random.Random(0).choices(range(320), k=90)
     (before,) = read(tiny_model, [ids])
     (after,) = read(tiny_model, [[*ids[:50], (ids[50] + 1) % 320, *ids[51:]]])
-    assert (before[:50] - after[:50]).abs().max() < 1e-5
-    assert ((before[50:] - after[50:]).abs().amax(1) > 1e-4).all()
+    assert (before[:50] - after[:50]).abs().max() < 1e-4
+    assert ((before[50:] - after[50:]).abs().amax(1) > 1e-3).all()

@@ -98,9 +98,9 @@ def test_a_changed_token_changes_its_document_from_there_on(tiny_model: Mixtral)
     with torch.inference_mode():
         hidden = [tiny_model(Batch(tokens, documents.positions_T, documents)).hidden_TD for tokens in (ids, other)]
     change = (hidden[0] - hidden[1]).abs().amax(1)
-    assert change[:45].max() < 1e-5
-    assert change[45:80].min() > 1e-4
-    assert change[80:].max() < 1e-5
+    assert change[:45].max() < 1e-4
+    assert change[45:80].min() > 1e-3
+    assert change[80:].max() < 1e-4
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [3, 0, 2], [4, -1]])

@@ -36,7 +36,7 @@ def test_a_seed_decides_everything(tiny_config: MixtralConfig) -> None:
 @pytest.mark.parametrize("std", [0.02, 0.3])
 def test_bounds_and_spread(std: float, tiny_config: MixtralConfig) -> None:
     """Cut at 3 sigma; what is added to the residual stream is smaller by sqrt(2 L); norms are 1."""
-    for name, values in made(tiny_config, 0, std).named_parameters():
+    for name, values in made(tiny_config, 0, std).state_dict().items():
         if name.endswith("norm.weight"):
             assert (values == 1).all()
             continue

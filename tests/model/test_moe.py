@@ -49,9 +49,7 @@ def test_all_tokens_to_one_pair_and_none_is_dropped(layer: MixtureOfExperts) -> 
         assert route.picks_TA.tolist() == [[3, 1]] * 1000
         assert (out.abs().amax(1) > 1e-2).all()
         share = torch.tensor(1.0).sigmoid()
-        dense = [
-            reference.swiglu(x @ layer.experts.gate_up_proj[e].T) @ layer.experts.down_proj[e].T for e in (3, 1)
-        ]
+        dense = [reference.swiglu(x @ layer.experts.gate_up_proj[e].T) @ layer.experts.down_proj[e].T for e in (3, 1)]
         torch.testing.assert_close(out, share * dense[0] + (1 - share) * dense[1], atol=1e-5, rtol=1e-5)
 
 

@@ -29,7 +29,7 @@ def case(tokens: int, rows: int = R) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("copies", [1, 2, 700])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_equals_cross_entropy_over_the_expanded_vocabulary(tokens: int, copies: int) -> None:
-    """The last row stands for equal rows of the whole vocabulary: same loss, same gradients (summed over the copies)."""
+    """The last row stands for equal rows of the whole vocabulary: same loss, and gradients summed over the copies."""
     hidden, head, labels, weights = case(tokens)
     loss, logprobs = head_cross_entropy(hidden, head, labels, weights, copies_of_last=copies)
     found = torch.autograd.grad(3.0 * loss, (hidden, head))
