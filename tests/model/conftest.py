@@ -46,7 +46,7 @@ def draw_config() -> DrawConfig:
 
 @pytest.fixture(scope="session")
 def make_peer() -> MakePeer:
-    """``make_peer(config, seed=0)``: every part matters, and router logits are far apart (near-ties are a coin toss)."""
+    """``make_peer(config, seed=0)``: every part matters, and router logits are far apart (no near-ties)."""
 
     def make(config: MixtralConfig, *, seed: int = 0) -> Peer:
         values = {key: value for key, value in config.to_dict().items() if key != "architectures"}

@@ -1,13 +1,14 @@
 """Keys and values of earlier tokens, in pages of 64 tokens, and the view of them that one batch uses.
 
-A sequence owns a list of pages; token p lies in page ``pages[p // 64]`` at place ``p % 64``. Sequences with 70 and 3 tokens
-and the page lists [4, 0] and [2] therefore use page 4 whole, six places of page 0 and three of page 2. Who owns which page is
-decided outside (``engine.pages``); this file only stores.
+A sequence owns a list of pages; token p lies in page ``pages[p // 64]`` at place ``p % 64``. Sequences with 70 and 3
+tokens and the page lists [4, 0] and [2] therefore use page 4 whole, six places of page 0 and three of page 2. Who owns
+which page is decided outside (``engine.pages``); this file only stores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ class PagedCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)
 
     def view(self, spans: Sequence[tuple[Sequence[int], int, int]]) -> CacheView:
-        """The view for one batch. ``spans`` lists, in the order of its tokens, for every sequence its page ids, the number of
-        tokens already stored, and the number of tokens in this batch; the pages hold both."""
+        """The view for one batch. ``spans`` lists, in the order of its tokens, for every sequence its page ids, the
+        number of tokens already stored, and the number of tokens in this batch; the pages hold both."""
         return CacheView(self, spans)
 
 
@@ -58,7 +59,7 @@ class CacheView:
         values[self._writes] = v_TGK
         outs = [
             attention(q, keys[read], values[read])
-            for q, read in zip(q_THK.split(self._counts), self._reads, strict=True)
+            for q, read in zip(torch.split(q_THK, self._counts), self._reads, strict=True)
         ]
         return torch.cat(outs) if len(outs) > 1 else outs[0]
 
@@ -69,4 +70,4 @@ def _places(pages: Sequence[int], count: int) -> Tensor:
 
 
 def _ascending(pages: Sequence[int]) -> bool:
-    return all(later == earlier + 1 for earlier, later in zip(pages, pages[1:], strict=False))
+    return all(later == earlier + 1 for earlier, later in pairwise(pages))

@@ -1,7 +1,7 @@
 """Attention inside the documents of a training batch, without a mask tensor.
 
-Documents are gathered into groups of similar length as right-padded rows; under causal attention padding on the right cannot
-reach a real token. The cost is the sum of the squared document lengths, not of the packed sequence.
+Documents are gathered into groups of similar length as right-padded rows; under causal attention padding on the right
+cannot reach a real token. The cost is the sum of the squared document lengths, not of the packed sequence.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from mixtral.ops import gather_rows
 __all__ = ["Documents"]
 
 _SHORTEST = 32
-# Up to here two batched products and a softmax beat torch's fused kernel on a CPU, whose backward pass is slow for small
-# heads (33 ms against 117 ms for 64 documents of 128 tokens, 8 heads of 32); beyond it the scores take too much memory.
+# Up to here two batched products and a softmax beat torch's fused kernel on a CPU, whose backward pass is slow for
+# small heads (33 ms against 117 ms for 64 documents of 128 tokens, 8 heads of 32); beyond it the scores take too much
+# memory.
 _LONGEST_PLAIN = 384
 
 

@@ -12,7 +12,7 @@ __all__ = ["initialise"]
 
 
 def initialise(model: Mixtral, *, seed: int, std: float = 0.02) -> None:
-    """Truncated normal values (cut at 3 sigma), output projections smaller by sqrt(2 L), norms 1 (OLMoE, arXiv 2409.02060).
+    """Truncated normal values (cut at 3 sigma), output projections smaller by sqrt(2 L), norms 1 (arXiv 2409.02060).
 
     The same seed gives the same values on every device and for every dtype, up to that dtype's rounding.
     """

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): a decoder of pre-norm attention and mixture-of-experts layers over a flat batch of tokens.
+"""Mixtral (arXiv 2401.04088): a decoder of pre-norm attention and mixture-of-experts layers over flat tokens.
 
 T tokens of all sequences, D width, H query heads, G key-value heads, K head size, V vocabulary.
 """
@@ -13,11 +13,11 @@ from mixtral.config import MixtralConfig
 from mixtral.model.batch import Batch, Context, Output
 from mixtral.model.moe import MixtureOfExperts
 
-__all__ = ["Attention", "Decoder", "DecoderLayer", "Linear", "Mixtral", "Norm"]
+__all__ = ["Attention", "Decoder", "DecoderLayer", "Embedding", "Linear", "Mixtral", "Norm"]
 
 
 class Linear(nn.Module):
-    """A matrix without bias, ``weight`` [O, D]; left uninitialised, because weights come from a file or ``initialise``."""
+    """A matrix without bias, ``weight`` [O, D]; left uninitialised, because ``initialise`` or a file fills it."""
 
     def __init__(self, width: int, out: int, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -26,6 +26,18 @@ class Linear(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """``x @ weight.T``: [T, O]."""
         return ops.linear(x_TD, self.weight)
+
+
+class Embedding(nn.Module):
+    """One row per token id, ``weight`` [V, D]; left uninitialised, as in ``Linear``."""
+
+    def __init__(self, rows: int, width: int, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty((rows, width), device=device, dtype=dtype))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """The rows of the ids: [T, D]."""
+        return nn.functional.embedding(tokens_T, self.weight)
 
 
 class Norm(nn.Module):
@@ -61,7 +73,8 @@ class Attention(nn.Module):
         q_THK = ops.rope(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)), *angles)
         k_TGK = ops.rope(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), *angles)
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        return self.o_proj(context.attend(self.layer, q_THK, k_TGK, v_TGK).flatten(-2))
+        out_TD: Tensor = self.o_proj(context.attend(self.layer, q_THK, k_TGK, v_TGK).flatten(-2))
+        return out_TD
 
 
 class DecoderLayer(nn.Module):
@@ -89,7 +102,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MixtralConfig, *, device: torch.device | str | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.head_dim, self.theta = config.head_dim, config.rope_theta
-        self.embed_tokens = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, device=device, dtype=dtype) for layer in range(config.num_hidden_layers)
         )
@@ -97,7 +110,7 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Hidden states after the final norm, and every layer's routing."""
-        x_TD = nn.functional.embedding(batch.tokens_T, self.embed_tokens.weight)
+        x_TD = self.embed_tokens(batch.tokens_T)
         angles = ops.rope_angles(batch.positions_T, self.head_dim, self.theta)
         routes = []
         for layer in self.layers:

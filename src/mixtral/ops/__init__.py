@@ -1,4 +1,4 @@
-"""Stateless arithmetic on tensors: ``reference`` is the specification, ``grouped`` the same expert operation for speed."""
+"""Stateless arithmetic on tensors: ``reference`` specifies them, ``grouped`` is the same expert operation at speed."""
 
 from mixtral.ops.grouped import experts
 from mixtral.ops.losses import head_cross_entropy

@@ -1,4 +1,4 @@
-"""The expert operation for speed: rows sorted by expert, one matrix product per expert, autograd with recomputed SwiGLU.
+"""The expert operation for speed: rows sorted by expert, one matrix product per expert, own backward pass.
 
 Shape letters as in ``reference.py``; N is the number of assignments (T * A) with every expert's rows padded to a common
 multiple.
@@ -16,8 +16,8 @@ from mixtral.ops.reference import swiglu
 
 __all__ = ["Assignment", "assign", "experts", "row_multiple"]
 
-# oneDNN compiles a primitive for every new row count (milliseconds, however small the product), so small matrices pay to pad
-# to few different counts; for large ones the padding itself costs more than the compilation.
+# oneDNN compiles a primitive for every new row count (milliseconds, however small the product), so small matrices pay
+# to pad to few different counts; for large ones the padding itself costs more than the compilation.
 _LARGE_MATRIX = 1 << 22
 
 
@@ -28,8 +28,8 @@ def row_multiple(weight_numel: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Where every (token, choice) goes: ``rows_N`` token of each sorted row (-1 padding), ``places_TA`` sorted row of each
-    choice, ``bounds`` the row range [start, end) of each expert, padding included."""
+    """Where every (token, choice) goes: ``rows_N`` token of each sorted row (-1 padding), ``places_TA`` sorted row of
+    each choice, ``bounds`` the row range [start, end) of each expert, padding included."""
 
     rows_N: Tensor
     places_TA: Tensor
@@ -37,7 +37,7 @@ class Assignment:
 
 
 def assign(picks_TA: Tensor, experts: int, multiple: int) -> Assignment:
-    """Sort assignments by expert (stable) and pad each expert's rows: up to 32 rows to a power of two, then to ``multiple``."""
+    """Sort assignments by expert (stable) and pad each one's rows: up to 32 to a power of two, then to ``multiple``."""
     tokens, choices = picks_TA.shape
     flat = picks_TA.reshape(-1)
     counts = torch.bincount(flat, minlength=experts).tolist()
@@ -127,7 +127,7 @@ def _expert_backward(
 
 
 def _sorted_rows(x_TD: Tensor, plan: Assignment) -> Tensor:
-    # Padding rows repeat token 0; nobody reads what becomes of them, except the weight gradients, where they must be zero.
+    # Padding rows repeat token 0; only the weight gradients read what becomes of them, and there they must be zero.
     sorted_ND = x_TD.index_select(0, plan.rows_N.clamp_min(0))
     if plan.rows_N.numel() > plan.places_TA.numel():
         sorted_ND.masked_fill_((plan.rows_N < 0)[:, None], 0)
@@ -142,7 +142,7 @@ def _combine(out_ND: Tensor, weights_TA: Tensor, plan: Assignment) -> Tensor:
 
 
 def experts(x_TD: Tensor, picks_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Weighted sum of the chosen experts: same contract as ``reference.experts``, with every weight matrix read once."""
+    """Weighted sum of the chosen experts: same contract as ``reference.experts``, every weight matrix read once."""
     count, width = gate_up_E2FD.shape[0], gate_up_E2FD[0].numel()
     plan = assign(picks_TA, count, row_multiple(width))
     out: Tensor = _Experts.apply(x_TD, weights_TA.float(), gate_up_E2FD, down_EDF, plan)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Cross entropy fused with the head: the [T, V] logits never exist as a whole, and gradients are made in the forward pass."""
+"""Cross entropy fused with the head: the [T, V] logits never exist as a whole, gradients are made going forward."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every operation of Mixtral in plain torch, on any device and dtype, with autograd: this file is the specification.
 
-Shape letters: B sequences, T tokens of all sequences flattened, S cached tokens of one sequence, D width, H query heads,
-G key-value heads, K head size, F expert hidden size, E experts, A experts per token, V vocabulary.
+Shape letters: B sequences, T tokens of all sequences flattened, S cached tokens of one sequence, D width, H query
+heads, G key-value heads, K head size, F expert hidden size, E experts, A experts per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Route", "attention", "experts", "linear", "rms_norm", "rope", "rope_
 
 
 class Route(NamedTuple):
-    """One layer's routing: raw ``logits_TE`` (float32), chosen experts ``picks_TA`` (int64), their ``weights_TA`` (float32)."""
+    """One layer's routing: raw ``logits_TE`` (float32), chosen ones ``picks_TA`` (int64), ``weights_TA`` (float32)."""
 
     logits_TE: Tensor
     picks_TA: Tensor
@@ -43,7 +43,7 @@ def rope_angles(positions_T: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate the halves of every head (half-split layout: element i pairs with i + K/2). Shape and dtype of ``x_THK``."""
+    """Rotate the halves of every head (half-split: element i pairs with i + K/2). Shape and dtype of ``x_THK``."""
     first, second = x_THK.float().chunk(2, dim=-1)
     cos, sin = cos_TK[:, None, :], sin_TK[:, None, :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THK.dtype)
@@ -71,9 +71,9 @@ def attention(q_THK: Tensor, k_SGK: Tensor, v_SGK: Tensor) -> Tensor:
 
 
 def route(x_TD: Tensor, gate_ED: Tensor, per_token: int) -> Route:
-    """Choose experts: float32 logits, top A of the raw logits, float32 softmax over those A (arXiv 2401.04088, section 2.1).
+    """Choose experts: float32 logits, top A of the raw logits, float32 softmax over those (arXiv 2401.04088, 2.1).
 
-    Ties go to the lower expert id. Choosing on logits, not on probabilities, keeps the order where a softmax underflows.
+    Ties go to the lower expert id. Choosing on logits, not on probabilities, keeps the order where softmax underflows.
     """
     logits_TE = F.linear(x_TD.float(), gate_ED.float())
     # A stable sort, because topk does not promise which of two equal values comes first.

@@ -1,8 +1,8 @@
 """Run states: one folder per saved step, committed by a rename, read back exactly. No pickle.
 
-``step-00001200/`` holds ``state.safetensors`` (masters and moments), ``state.json`` (everything else) and ``COMMIT`` (size and
-sha256 of both). It is written as ``step-00001200.tmp`` and renamed when all of it is on the disk; a folder without a right
-``COMMIT`` does not exist for the reader.
+``step-00001200/`` holds ``state.safetensors`` (masters and moments), ``state.json`` (everything else) and ``COMMIT``
+(size and sha256 of both). It is written as ``step-00001200.tmp`` and renamed when all of it is on the disk; a folder
+without a right ``COMMIT`` does not exist for the reader.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ class DataConfig:
     """Which documents are trained. A step takes ``documents_per_step`` documents, in ``micro_batches`` equal parts.
 
     ``trained_rows`` is the number of vocabulary rows with weights of their own, chosen by frequency in the first
-    ``sample_documents`` documents; all other ids share one more row. ``prompt_weight`` is the loss weight of tokens that are
-    not the assistant's. ``unknown_per_mille`` input tokens in a thousand are replaced by the shared row. ``mixture`` is the
-    share of every skill in percent; empty is the default of ``desk.write``.
+    ``sample_documents`` documents; all other ids share one more row. ``prompt_weight`` is the loss weight of tokens
+    that are not the assistant's. ``unknown_per_mille`` input tokens in a thousand are replaced by the shared row.
+    ``mixture`` is the share of every skill in percent; empty is the default of ``desk.write``.
     """
 
     seed: int = 1
@@ -144,7 +144,7 @@ def _read(kind: type[C], values: Mapping[str, Any], source: str) -> C:
             "int": isinstance(value, int) and not isinstance(value, bool),
             "float": isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
             "str": isinstance(value, str),
-            "dict[str, int]": isinstance(value, dict) and all(isinstance(v, int) and v >= 0 for v in value.values()),
+            "dict[str, int]": isinstance(value, dict) and all(type(v) is int and v >= 0 for v in value.values()),
         }
         if not fits[wanted]:
             raise ConfigError(f"{source}: {name} is {value!r}; expected {wanted}", param=name)

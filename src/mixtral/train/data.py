@@ -1,7 +1,7 @@
 """The batch of a step, as a pure function of the seed and the step: nothing to save, nothing to skip on resume.
 
-Step s trains the documents s * n .. (s + 1) * n - 1 of the training split, each with its own positions and its own attention;
-documents are laid end to end without padding.
+Step s trains the documents s * n .. (s + 1) * n - 1 of the training split, each with its own positions and its own
+attention; documents are laid end to end without padding.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def encode_document(tokenizer: Tokenizer, item: Document) -> tuple[list[int], li
 
 
 def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
-    """The ids that get rows of their own: controls of the chat format, bytes, single characters seen, then the most frequent.
+    """The ids that get rows of their own: controls of the chat format, bytes, characters seen, then the most frequent.
 
     Decided by the training split alone. ``tokenizer`` must not respell.
     """

@@ -23,7 +23,7 @@ def expert_load(picks_TA: Tensor, experts: int, mask_T: Tensor | None = None) ->
 
 
 def balance_loss(logits_TE: Tensor, picks_TA: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Load balance of one layer: 1 when balanced, E/A when all tokens go to the same experts (Switch, arXiv 2101.03961, eq. 4).
+    """Load balance of one layer: 1 when balanced, E/A when all tokens pick the same (Switch, arXiv 2101.03961, eq. 4).
 
     transformers' value for the same layer is A times this one.
     """

@@ -18,12 +18,12 @@ __all__ = ["Optimizer", "learning_rate", "orthogonalise"]
 _BETAS = (0.9, 0.95)
 _EPS = 1e-8
 _MOMENTUM = 0.95
-# Quintic Newton-Schulz coefficients of Muon (K. Jordan, 2024, "Muon: an optimizer for hidden layers in neural networks").
+# Quintic Newton-Schulz coefficients of Muon (K. Jordan, 2024, an optimizer for hidden layers in neural networks).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Warm-up, constant, then linear decay to zero over the last ``decay_fraction`` of ``steps``; ``step`` counts from 0."""
+    """Warm-up, constant, linear decay to zero over the last ``decay_fraction`` of ``steps``; ``step`` counts from 0."""
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     decay_steps = config.decay_fraction * steps
     decay = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
@@ -41,7 +41,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    out: Tensor = x.mT if tall else x
+    return out.float()
 
 
 def _is_matrix(name: str) -> bool:
@@ -97,7 +98,8 @@ class Optimizer:
         momentum = self._first[name].mul_(_MOMENTUM).add_(grad)
         wanted = grad.add(momentum, alpha=_MOMENTUM)
         # Gate and up are two matrices that only share a tensor.
-        parts = wanted.unflatten(-2, (2, -1)) if "gate_up_proj" in name else wanted
+        halves = (*wanted.shape[:-2], 2, wanted.shape[-2] // 2, wanted.shape[-1])
+        parts = wanted.reshape(halves) if "gate_up_proj" in name else wanted
         # This factor makes one learning rate serve both optimizers (Moonlight, arXiv 2502.16982, section 2.2).
         factor = 0.2 * math.sqrt(max(parts.shape[-2:]))
         return orthogonalise(parts).mul_(factor).reshape(wanted.shape)

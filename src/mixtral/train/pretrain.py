@@ -31,7 +31,7 @@ _MAY_CHANGE = {"steps", "save_every", "keep_last"}
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimizer step. Losses are per token; ``load_max`` is the largest expert share of any layer (1 is balance)."""
+    """One optimizer step. Losses are per token; ``load_max`` is the largest expert share in any layer (1 = even)."""
 
     step: int
     loss: float
@@ -48,7 +48,7 @@ class StepReport:
 
 
 class Pretraining:
-    """One run in one folder: ``step()`` trains a step, ``save()`` commits the state; a new object resumes from the newest."""
+    """One run in one folder: ``step()`` trains a step, ``save()`` commits the state; a new object resumes from it."""
 
     def __init__(self, config: PretrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -171,8 +171,8 @@ def pretrain(
 ) -> Pretraining:
     """Train to the end of the configuration, or until ``max_seconds`` or ``stopping()``; the state is saved at the end.
 
-    Every step is appended to ``log.jsonl`` in ``folder``. Called again with the same folder it goes on where it stopped, with
-    bitwise the same result as one run without a stop (same machine, same number of threads).
+    Every step is appended to ``log.jsonl`` in ``folder``. Called again with the same folder it goes on where it
+    stopped, with bitwise the same result as one run without a stop (same machine, same number of threads).
     """
     start = time.monotonic()
     run = Pretraining(config, folder)

@@ -1,0 +1,93 @@
+"""The configuration file: everything that is not exactly right is refused with the name of the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral.config import preset
+from mixtral.errors import ConfigError
+from mixtral.train.config import DataConfig, OptimConfig, PretrainConfig, RunConfig, read_pretrain_config
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "pretrain.toml"
+
+
+def from_tables(**tables: Any) -> PretrainConfig:
+    return PretrainConfig.from_dict({"model": {"preset": "tiny"}, "run": {"steps": 5}} | tables, source="x.toml")
+
+
+def test_defaults_fill_what_is_not_given() -> None:
+    config = from_tables()
+    assert config.model == preset("tiny")
+    assert (config.data, config.optim, config.run) == (DataConfig(), OptimConfig(), RunConfig(steps=5))
+
+
+def test_a_preset_can_be_changed_number_by_number() -> None:
+    config = from_tables(model={"preset": "tiny", "num_hidden_layers": 3})
+    assert config.model == preset("tiny").replace(num_hidden_layers=3)
+
+
+def test_the_published_example_is_read() -> None:
+    config = read_pretrain_config(EXAMPLE)
+    assert config.model.vocab_size == 32768
+    assert sum(config.data.mixture.values()) == 100
+
+
+def test_json_gives_the_same_configuration_back(nano: Callable[..., PretrainConfig]) -> None:
+    config = nano(data={"mixture": {"sums": 3}, "prompt_weight": 0.1 + 0.2})
+    assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict())), source="state") == config
+
+
+@pytest.mark.parametrize(
+    ("tables", "param", "says"),
+    [
+        ({"optimizer": {}}, "optimizer", "did you mean 'optim'"),
+        ({"optim": {"learning_rat": 1.0}}, "learning_rat", "x.toml: optim: .*did you mean 'learning_rate'"),
+        ({"run": {"steps": 5, "zzz": 1}}, "zzz", "known keys: steps, seed"),
+        ({"model": {"preset": "tiny", "hiden_size": 1}}, "hiden_size", "did you mean 'hidden_size'"),
+        ({"data": 3}, "data", "expected a table"),
+        ({"model": [1]}, "model", "expected a table"),
+        ({"run": {}}, "steps", "missing key 'steps'"),
+        ({"run": {"steps": 3.0}}, "steps", r"steps is 3\.0; expected int"),
+        ({"run": {"steps": True}}, "steps", "expected int"),
+        ({"run": {"steps": 0}}, "steps", "x.toml: run: steps is 0; expected at least 1"),
+        ({"run": {"steps": 5, "dtype": "float16"}}, "dtype", "expected 'bfloat16' or 'float32'"),
+        ({"run": {"steps": 5, "dtype": 16}}, "dtype", "expected str"),
+        ({"optim": {"learning_rate": float("nan")}}, "learning_rate", "expected float"),
+        ({"optim": {"learning_rate": "3e-3"}}, "learning_rate", "expected float"),
+        ({"optim": {"clip_norm": 0}}, "clip_norm", "expected at least"),
+        ({"optim": {"decay_fraction": 1.5}}, "decay_fraction", "expected 0 to 1"),
+        ({"optim": {"balance_coef": -0.1}}, "balance_coef", "expected at least 0"),
+        ({"data": {"documents_per_step": 10, "micro_batches": 4}}, "documents_per_step", "multiple of micro_batches 4"),
+        ({"data": {"mixture": {"sums": -1}}}, "mixture", "expected dict"),
+        ({"data": {"mixture": {"sums": True}}}, "mixture", "expected dict"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(tables: dict[str, Any], param: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        from_tables(**tables)
+    assert caught.value.param == param
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="known presets: 8x7b"):
+        from_tables(model={"preset": "huge"})
+
+
+def test_a_configuration_cannot_be_changed_after_its_check() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        from_tables().run.steps = 7  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("content", "says"), [(None, "cannot be read"), (b"\xff", "not UTF-8"), (b"[run", "not TOML")])
+def test_a_file_that_is_no_toml_is_refused(tmp_path: Path, content: bytes | None, says: str) -> None:
+    path = tmp_path / "run.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        read_pretrain_config(path)
