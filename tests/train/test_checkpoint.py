@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,25 +87,55 @@ def lose(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        truncate,
-        flip,
-        edit,
-        lose("COMMIT"),
-        lose("state.json"),
-        lose("state.safetensors"),
-        lambda folder: (folder / "COMMIT").write_bytes(b"\xff{"),
-        lambda folder: (folder / "COMMIT").write_text("[]"),
-        lambda folder: folder.rename(folder.with_name(folder.name + ".tmp")),
-    ],
-    ids=["truncated", "flipped bit", "edited", "no commit", "no json", "no tensors", "binary", "empty", "not renamed"],
-)
-def test_a_folder_that_is_not_whole_is_passed_over(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def rewrite_commit(content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / "COMMIT").write_bytes(content)
+
+
+HARMS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (truncate, "state.safetensors is not what was saved"),
+    "flipped bit": (flip, "state.safetensors is not what was saved"),
+    "edited": (edit, "state.json is not what was saved"),
+    "no commit": (lose("COMMIT"), "COMMIT: No such file"),
+    "no json": (lose("state.json"), "state.json: No such file"),
+    "no tensors": (lose("state.safetensors"), "state.safetensors: No such file"),
+    "binary": (rewrite_commit(b"\xff{"), "COMMIT is not what was saved"),
+    "empty list": (rewrite_commit(b"[]"), "COMMIT is not what was saved"),
+    "empty table": (rewrite_commit(b"{}"), "COMMIT is not what was saved"),
+}
+
+
+@pytest.mark.parametrize(("harm", "says"), HARMS.values(), ids=HARMS)
+def test_a_damaged_state_is_passed_over_with_a_warning(
+    tmp_path: Path, harm: Callable[[Path], object], says: str
+) -> None:
     save(tmp_path, 1)
     harm(save(tmp_path, 2))
-    assert newest(tmp_path) == 1
+    with pytest.warns(UserWarning, match=rf"passed over step-00000002 \({says}.*\); going on from step-00000001"):
+        assert newest(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("harm", "says"), HARMS.values(), ids=HARMS)
+def test_a_folder_of_damaged_states_is_refused(tmp_path: Path, harm: Callable[[Path], object], says: str) -> None:
+    harm(save(tmp_path, 2))
+    truncate(save(tmp_path, 3))
+    with pytest.raises(TrainingError, match="holds no whole run state") as caught:
+        checkpoint.load_latest(tmp_path)
+    for part in (
+        str(tmp_path),
+        f"step-00000002 ({says}",
+        "step-00000003 (state.safetensors is",
+        "start in a new folder",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_save_that_was_never_finished_is_no_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path, 2)
+    folder.rename(folder.with_name(folder.name + ".tmp"))
+    assert newest(tmp_path) is None
+    save(tmp_path, 1)
+    with warnings.catch_warnings(action="error"):
+        assert newest(tmp_path) == 1
 
 
 def test_damaged_folders_do_not_push_out_whole_ones(tmp_path: Path) -> None:
@@ -112,7 +143,8 @@ def test_damaged_folders_do_not_push_out_whole_ones(tmp_path: Path) -> None:
     truncate(save(tmp_path, 2))
     save(tmp_path, 3, keep_last=2)
     shutil.rmtree(tmp_path / "step-00000003")
-    assert newest(tmp_path) == 1
+    with pytest.warns(UserWarning, match="going on from step-00000001"):
+        assert newest(tmp_path) == 1
 
 
 def test_what_an_interrupted_save_left_is_replaced(tmp_path: Path) -> None:
@@ -124,6 +156,14 @@ def test_what_an_interrupted_save_left_is_replaced(tmp_path: Path) -> None:
     truncate(save(tmp_path, 2))
     save(tmp_path, 2)
     assert newest(tmp_path) == 2
+
+
+def test_the_next_save_removes_what_all_interrupted_ones_left(tmp_path: Path) -> None:
+    for name in ("step-00000002.tmp", "step-00000007.tmp", "step-mine.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rubbish").write_text("x")
+    save(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-mine.tmp"]
 
 
 @pytest.mark.parametrize("written", [False, True])

@@ -74,6 +74,19 @@ def test_a_wrong_key_or_value_is_named(tables: dict[str, Any], param: str, says:
     assert caught.value.param == param
 
 
+def test_numbers_from_python_must_be_finite() -> None:
+    for kind in (OptimConfig, DataConfig):
+        for name in [field.name for field in dataclasses.fields(kind) if field.type == "float"]:
+            for value in (float("nan"), float("inf")):
+                with pytest.raises(ConfigError, match=f"{name} is {value}; expected a finite number") as caught:
+                    kind(**{name: value})
+                assert caught.value.param == name
+            with pytest.raises(ConfigError, match=f"{name} is -inf; expected at least"):
+                kind(**{name: -float("inf")})
+    with pytest.raises(ConfigError, match="steps is nan; expected a finite number, at least 1"):
+        RunConfig(steps=float("nan"))  # type: ignore[arg-type]
+
+
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="known presets: 8x7b"):
         from_tables(model={"preset": "huge"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import TrainingError
+from mixtral.model import Batch, Documents
 from mixtral.ops import Route
 from mixtral.train import checkpoint
 from mixtral.train import pretrain as recipe
@@ -24,6 +26,10 @@ Nano = Callable[..., PretrainConfig]
 
 def ignore(report: StepReport) -> None:
     """Nothing to tell."""
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def saved(folder: Path) -> tuple[int, dict[str, Tensor]]:
@@ -75,13 +81,132 @@ def test_a_stopped_and_a_killed_run_end_bitwise_like_a_straight_one(tmp_path: Pa
 def test_the_log_has_one_line_per_step_with_finite_numbers(tmp_path: Path, nano: Nano) -> None:
     reports: list[StepReport] = []
     pretrain(nano(run={"steps": 2}), tmp_path, on_step=reports.append)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = [record for record in records(tmp_path) if "loss" in record]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[1]["tokens_total"] == reports[0].tokens + reports[1].tokens
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.01 / 3, 0.02 / 3])
     assert 0 <= lines[0]["load_min"] <= 1 <= lines[0]["load_max"] <= 2
     assert lines[0]["balance"] + 1e-3 >= 1
+
+
+def test_every_save_is_evaluated_told_and_logged(tmp_path: Path, nano: Nano) -> None:
+    told: list[tuple[int, float]] = []
+    run = pretrain(
+        nano(run={"steps": 3, "save_every": 2}),
+        tmp_path,
+        on_step=ignore,
+        on_validation=lambda step, loss: told.append((step, loss)),
+    )
+    assert [(record["step"], "loss" in record) for record in records(tmp_path)] == [
+        (1, True),
+        (2, True),
+        (2, False),
+        (3, True),
+        (3, False),
+    ]
+    found = [record for record in records(tmp_path) if "loss" not in record]
+    assert found == [{"step": step, "validation_loss": loss} for step, loss in told]
+    assert told[-1][1] == run.validation_loss()
+
+
+def test_evaluating_changes_neither_random_states_nor_the_result(tmp_path: Path, nano: Nano) -> None:
+    plain, evaluated = Pretraining(nano(), tmp_path / "a"), Pretraining(nano(), tmp_path / "b")
+    before = torch.get_rng_state(), random.getstate()
+    for _ in range(3):
+        plain.step()
+        evaluated.validation_loss(batches=1)
+        evaluated.step()
+    evaluated.validation_loss(batches=1)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert all(parameter.grad is None for parameter in evaluated.model.parameters())
+    expected, found = plain.optimizer.state(), evaluated.optimizer.state()
+    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.2, 1.0])
+def test_the_validation_loss_is_the_mean_over_the_assistants_tokens(
+    tmp_path: Path, nano: Nano, prompt_weight: float
+) -> None:
+    run = Pretraining(nano(data={"prompt_weight": prompt_weight}), tmp_path)
+    for _ in range(3):
+        run.step()
+    (part,) = run.data.micro_batches(0, split="validation")
+    context = Documents(part.lengths)
+    with torch.no_grad():
+        hidden_TD = run.model(Batch(part.inputs_T, context.positions_T, context)).hidden_TD
+        logits_TR = hidden_TD @ run.model.lm_head.weight.T
+    logits_TR[:, -1] += math.log(run.data.copies_of_last)
+    losses_T = torch.nn.functional.cross_entropy(logits_TR, part.labels_T, reduction="none")
+    own = float(losses_T[part.own_T].mean())
+    assert abs(own - float(losses_T.mean())) > 4e-3  # four times what the comparison below forgives
+    assert run.validation_loss(batches=1) == pytest.approx(own, rel=1e-4)
+
+
+def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path: Path, nano: Nano) -> None:
+    straight = pretrain(nano(), tmp_path / "straight", on_step=ignore)
+
+    def kill(report: StepReport) -> None:
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(nano(), tmp_path / "killed", on_step=kill)
+    log = tmp_path / "killed" / "log.jsonl"
+    assert [record["step"] for record in records(log.parent)] == [1, 2, 3, 3, 4, 5]
+    log.write_bytes(log.read_bytes() + b'{"step": 6, "lo')
+    pretrain(nano(), tmp_path / "killed", on_step=ignore)
+    clocks = {"seconds", "seconds_total"}
+    expected, found = (
+        [{name: value for name, value in record.items() if name not in clocks} for record in records(tmp_path / name)]
+        for name in ("straight", "killed")
+    )
+    assert [record["step"] for record in found] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert found == expected
+    assert straight.steps_done == 6
+    assert not list(log.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        (b'{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.0}\n', slice(None)),
+        (b'{"step": 2}\n{"step": 3}\n{"step": 4}\n', slice(0, 12)),
+        (b'{"step": 2}\n{"st', slice(0, 12)),
+        (b'{"step": 2}\n{"step": 2', slice(0, 12)),
+        (b'{"step": 2}\n\0\0\0\0', slice(0, 12)),
+        (b'{"step": 2}\n\xff\n[2]\n2\n{"loss": 1}\n', slice(0, 12)),
+        (b'{"step": 3}\n', slice(0, 0)),
+    ],
+)
+def test_a_log_is_trimmed_to_whole_records_up_to_a_step(tmp_path: Path, content: bytes, kept: slice) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(content)
+    recipe._trim_log(path, 2)
+    assert path.read_bytes() == content[kept]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_trimming_that_fails_keeps_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Path, content: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(OSError, match="No space left"):
+        recipe._trim_log(path, 1)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_run_whose_states_are_all_damaged_does_not_start_from_nothing(tmp_path: Path, nano: Nano) -> None:
+    pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "step-00000001" / "COMMIT").unlink()
+    with pytest.raises(TrainingError, match="holds no whole run state"):
+        pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
 
 
 @pytest.mark.parametrize(
@@ -166,6 +291,9 @@ def test_time_is_up_before_the_first_step(tmp_path: Path, nano: Nano) -> None:
     assert checkpoint.load_latest(tmp_path) is None
 
 
-def test_a_vocabulary_that_the_tokenizer_does_not_have_is_refused(tmp_path: Path, nano: Nano) -> None:
+def test_a_vocabulary_that_the_tokenizer_does_not_have_is_refused_before_any_document_is_read(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "choose_trained_ids", lambda *_: pytest.fail("documents were read"))
     with pytest.raises(TrainingError, match="vocab_size is 32000; the tokenizer has 32768 ids"):
         Pretraining(nano(model={"vocab_size": 32000}), tmp_path)

@@ -79,14 +79,13 @@ def _attend(q_NHLK: Tensor, k_NGLK: Tensor, v_NGLK: Tensor) -> Tensor:
     # The query heads of a key-value head stand below each other, so that keys need not be repeated.
     q = q_NHLK.reshape(rows * groups, heads // groups * length, size)
     k, v = (part.reshape(rows * groups, length, size) for part in (k_NGLK, v_NGLK))
-    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    scores = torch.bmm(q * size**-0.5, k.mT).view(-1, length, length).masked_fill_(hidden, float("-inf"))
-    shares = scores.softmax(-1).view(rows * groups, -1, length)
-    return torch.bmm(shares, v).view(rows, heads, length, size)
+    future = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(future.repeat(heads // groups, 1), q, k.mT, alpha=size**-0.5)
+    return torch.bmm(scores.softmax(-1), v).view(rows, heads, length, size)
 
 
 def _padded(length: int) -> int:
-    """The next of 32, 48, 64, 96, 128, 192, ...: few different shapes, at most a third of padding."""
+    """The next of 32, 48, 64, 96, 128, 192, ...: few shapes, from 32 tokens on at most a third of padding."""
     size = _SHORTEST
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4

@@ -1,8 +1,9 @@
-"""Stateless arithmetic on tensors: ``reference`` specifies them, ``grouped`` is the same expert operation at speed."""
+"""Stateless arithmetic on tensors: ``reference`` specifies them, ``grouped`` and ``passes`` are the same at speed."""
 
 from mixtral.ops.grouped import experts
 from mixtral.ops.losses import head_cross_entropy
-from mixtral.ops.reference import Route, attention, linear, rms_norm, rope, rope_angles, route
+from mixtral.ops.passes import rms_norm, rope
+from mixtral.ops.reference import Route, attention, linear, rope_angles, route
 from mixtral.ops.rows import gather_rows
 
 __all__ = [

@@ -89,7 +89,7 @@ class _Experts(torch.autograd.Function):
         )
         row_weight_N = weights_TA.new_zeros(plan.rows_N.shape[0])
         row_weight_N[plan.places_TA.reshape(-1)] = weights_TA.reshape(-1)
-        grad_out_ND = _sorted_rows(grad_TD, plan) * row_weight_N[:, None].to(grad_TD.dtype)
+        grad_out_ND = _sorted_rows(grad_TD, plan).mul_(row_weight_N[:, None].to(grad_TD.dtype))
         grad_sorted_ND = torch.empty_like(sorted_ND)
         # An expert without tokens gets zeros, not None: optimizers and collectives then treat all experts alike.
         grad_gate_up = torch.zeros_like(gate_up_E2FD)
@@ -118,10 +118,13 @@ def _expert_backward(
     gate_up, down = weights
     grad_x, grad_gate_up, grad_down = grads
     gate, up = products.chunk(2, dim=-1)
+    grad_products = torch.empty_like(products)
+    grad_gate, grad_up = grad_products.chunk(2, dim=-1)
     activated = torch.nn.functional.silu(gate)
-    torch.mm(grad_out.t(), activated * up, out=grad_down)
     grad_hidden = grad_out @ down
-    grad_products = torch.cat((torch.ops.aten.silu_backward(grad_hidden * up, gate), grad_hidden * activated), dim=-1)
+    torch.mul(grad_hidden, activated, out=grad_up)
+    torch.mm(grad_out.t(), activated.mul_(up), out=grad_down)
+    torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate, grad_input=grad_gate)
     torch.mm(grad_products.t(), x, out=grad_gate_up)
     torch.mm(grad_products, gate_up, out=grad_x)
 
@@ -129,15 +132,14 @@ def _expert_backward(
 def _sorted_rows(x_TD: Tensor, plan: Assignment) -> Tensor:
     # Padding rows repeat token 0; only the weight gradients read what becomes of them, and there they must be zero.
     sorted_ND = x_TD.index_select(0, plan.rows_N.clamp_min(0))
-    if plan.rows_N.numel() > plan.places_TA.numel():
-        sorted_ND.masked_fill_((plan.rows_N < 0)[:, None], 0)
-    return sorted_ND
+    return sorted_ND.index_fill_(0, torch.nonzero(plan.rows_N < 0)[:, 0], 0)
 
 
 def _combine(out_ND: Tensor, weights_TA: Tensor, plan: Assignment) -> Tensor:
-    total_TD = out_ND.index_select(0, plan.places_TA[:, 0]).float() * weights_TA[:, :1]
+    total_TD = out_ND.index_select(0, plan.places_TA[:, 0]).float().mul_(weights_TA[:, :1])
     for choice in range(1, weights_TA.shape[1]):
-        total_TD += out_ND.index_select(0, plan.places_TA[:, choice]).float() * weights_TA[:, choice : choice + 1]
+        rows_TD = out_ND.index_select(0, plan.places_TA[:, choice]).float()
+        total_TD += rows_TD.mul_(weights_TA[:, choice : choice + 1])
     return total_TD.to(out_ND.dtype)
 
 

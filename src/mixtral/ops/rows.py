@@ -25,8 +25,7 @@ class _GatherRows(torch.autograd.Function):
 def _take(source: Tensor, index: Tensor) -> Tensor:
     """Rows of ``source``; index -1 gives a row of zeros."""
     rows = source.index_select(0, index.clamp_min(0))
-    empty = index < 0
-    return rows.masked_fill_(empty.view(-1, *[1] * (source.dim() - 1)), 0) if bool(empty.any()) else rows
+    return rows.index_fill_(0, torch.nonzero(index < 0)[:, 0], 0)
 
 
 def gather_rows(source: Tensor, index: Tensor, inverse: Tensor) -> Tensor:

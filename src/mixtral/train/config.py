@@ -172,5 +172,7 @@ def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) ->
 def _at_least(config: object, **least: float) -> None:
     for name, low in least.items():
         value = getattr(config, name)
-        if value < low:
-            raise ConfigError(f"{name} is {value}; expected at least {low}", param=name)
+        # Not `value < low`, which is false for nan.
+        if not low <= value < math.inf:
+            expected = f"at least {low}" if value < low else f"a finite number, at least {low}"
+            raise ConfigError(f"{name} is {value}; expected {expected}", param=name)

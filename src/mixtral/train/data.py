@@ -25,11 +25,15 @@ __all__ = ["DeskData", "TokenBatch", "choose_trained_ids", "encode_document"]
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """T tokens of whole documents: input rows, rows to predict, their loss weights, and the document lengths."""
+    """T tokens of whole documents: input rows, rows to predict, their loss weights, and the document lengths.
+
+    ``own_T`` tells which rows to predict are the assistant's (or of plain text), whatever they weigh.
+    """
 
     inputs_T: Tensor
     labels_T: Tensor
     weights_T: Tensor
+    own_T: Tensor
     lengths: tuple[int, ...]
 
 
@@ -91,27 +95,36 @@ class DeskData:
     def _batch(self, numbers: range, split: Split) -> TokenBatch:
         inputs: list[int] = []
         labels: list[int] = []
-        weights: list[float] = []
+        own: list[bool] = []
+        unknown: list[int] = []
         lengths = []
         for number in numbers:
             item = document(self.config.seed, split, number, self.config.mixture or None)
             ids, trained = encode_document(self.tokenizer, item)
+            if split == "train":
+                unknown += [len(inputs) + place for place in self._unknown_places(number, len(ids) - 1)]
             inputs += ids[:-1]
             labels += ids[1:]
-            weights += [1.0 if own else self.config.prompt_weight for own in trained[1:]]
+            own += trained[1:]
             lengths.append(len(ids) - 1)
         rows_T = self.row_of_id[torch.tensor(inputs)].long()
         labels_T = self.row_of_id[torch.tensor(labels)].long()
         if int(labels_T.max()) == self.rows - 1:
             odd = labels[int(labels_T.argmax())]
             raise TrainingError(f"token {odd} has no row of its own, so it cannot be learnt; raise trained_rows")
-        if split == "train":
-            rows_T = self._with_unknowns(rows_T, numbers.start)
-        return TokenBatch(rows_T, labels_T, torch.tensor(weights), tuple(lengths))
+        rows_T = rows_T.index_fill(0, torch.tensor(unknown, dtype=torch.int64), self.rows - 1)
+        own_T = torch.tensor(own)
+        weights_T = torch.where(own_T, 1.0, self.config.prompt_weight)
+        return TokenBatch(rows_T, labels_T, weights_T, own_T, tuple(lengths))
 
-    def _with_unknowns(self, rows_T: Tensor, key: int) -> Tensor:
-        """Replace a few inputs by the shared row, so that it means "a word I do not know"."""
-        source = Source("unknown", self.config.seed, key)
-        count = rows_T.numel() * self.config.unknown_per_mille // 1000
-        places = torch.tensor([source.below(rows_T.numel()) for _ in range(count)], dtype=torch.int64)
-        return rows_T.index_fill(0, places, self.rows - 1)
+    def _unknown_places(self, number: int, length: int) -> list[int]:
+        """The inputs of a document that become the shared row, so that it means "a word I do not know".
+
+        The key is the document's number, never its part of the batch: a step trains the same tokens in any number of
+        parts. ``number`` counts through all steps, so it stands for the step and the place in it.
+        """
+        source = Source("unknown", self.config.seed, number)
+        count, rest = divmod(length * self.config.unknown_per_mille, 1000)
+        # Most documents are too short for a whole replacement; drawing for the rest keeps the share right on average.
+        count += source.below(1000) < rest
+        return [source.below(length) for _ in range(count)]

@@ -38,11 +38,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
     a, b, c = _QUINTIC
+    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
     for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    out: Tensor = x.mT if tall else x
-    return out.float()
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape)
+    return (x.mT if tall else x).float()
 
 
 def _is_matrix(name: str) -> bool:

@@ -21,6 +21,7 @@ from mixtral.train import checkpoint
 from mixtral.train.config import PretrainConfig
 from mixtral.train.data import DeskData, TokenBatch, choose_trained_ids
 from mixtral.train.losses import expert_load, router_losses
+from mixtral.train.memory import keep_freed_memory
 from mixtral.train.optim import Optimizer, learning_rate
 
 __all__ = ["Pretraining", "StepReport", "pretrain"]
@@ -54,18 +55,21 @@ class Pretraining:
         self.config, self.folder = config, folder
         self.steps_done, self.tokens_total, self.seconds_total = 0, 0, 0.0
         torch.set_num_threads(config.run.threads)
+        keep_freed_memory()
+        tokenizer = Tokenizer.from_version("v3")
+        if config.model.vocab_size != tokenizer.vocab_size:
+            raise TrainingError(
+                f"vocab_size is {config.model.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids",
+                param="vocab_size",
+            )
         saved = checkpoint.load_latest(folder)
         if saved is None:
-            trained = choose_trained_ids(Tokenizer.from_version("v3"), config.data)
+            trained = choose_trained_ids(tokenizer, config.data)
         else:
             _check_same(config, saved[2]["config"])
             trained = saved[2]["trained_ids"]
         self.trained_ids: list[int] = trained
         self.data = DeskData(config.data, trained)
-        if config.model.vocab_size != self.data.row_of_id.numel():
-            raise TrainingError(
-                f"vocab_size is {config.model.vocab_size}; the tokenizer has {self.data.row_of_id.numel()} ids"
-            )
         dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
         self.model = Mixtral(config.model.replace(vocab_size=self.data.rows), dtype=dtype)
         initialise(self.model, seed=config.run.seed)
@@ -147,17 +151,23 @@ class Pretraining:
 
     @torch.no_grad()
     def validation_loss(self, batches: int = 4) -> float:
-        """Cross entropy per assistant token on the first documents of the validation split, in nats."""
-        total, count = 0.0, 0.0
+        """Mean cross entropy, in nats, of the assistant's tokens (and plain text) in the first validation documents.
+
+        It draws nothing at random and changes nothing, so a run is the same however often it is evaluated.
+        """
+        total, count = 0.0, 0
         for step in range(batches):
             for part in self.data.micro_batches(step, split="validation"):
                 context = Documents(part.lengths)
                 hidden_TD = self.model(Batch(part.inputs_T, context.positions_T, context)).hidden_TD
-                own_T = (part.weights_T == 1).float()
                 loss, _ = head_cross_entropy(
-                    hidden_TD, self.model.lm_head.weight, part.labels_T, own_T, copies_of_last=self.data.copies_of_last
+                    hidden_TD,
+                    self.model.lm_head.weight,
+                    part.labels_T,
+                    part.own_T.float(),
+                    copies_of_last=self.data.copies_of_last,
                 )
-                total, count = total + float(loss), count + float(own_T.sum())
+                total, count = total + float(loss), count + int(part.own_T.sum())
         return total / count
 
 
@@ -166,30 +176,63 @@ def pretrain(
     folder: Path,
     *,
     on_step: Callable[[StepReport], None],
+    on_validation: Callable[[int, float], None] = lambda step, loss: None,
     max_seconds: float | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Pretraining:
     """Train to the end of the configuration, or until ``max_seconds`` or ``stopping()``; the state is saved at the end.
 
-    Every step is appended to ``log.jsonl`` in ``folder``. Called again with the same folder it goes on where it
-    stopped, with bitwise the same result as one run without a stop (same machine, same number of threads).
+    Every step is appended to ``log.jsonl`` in ``folder``; so is, after every save, the validation loss, which
+    ``on_validation`` gets with the number of the step. Called again with the same folder it goes on where it stopped,
+    with bitwise the same result as one run without a stop (same machine, same number of threads).
     """
     start = time.monotonic()
     run = Pretraining(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.jsonl"
+    _trim_log(log, run.steps_done)
     saved_at = run.steps_done
     while run.steps_done < config.run.steps and not stopping():
         if max_seconds is not None and time.monotonic() - start >= max_seconds:
             break
         report = run.step()
-        _log(folder / "log.jsonl", asdict(report))
+        _log(log, asdict(report))
         on_step(report)
         if run.steps_done % config.run.save_every == 0:
-            run.save()
+            _save(run, log, on_validation)
             saved_at = run.steps_done
     if saved_at != run.steps_done:
-        run.save()
+        _save(run, log, on_validation)
     return run
+
+
+def _save(run: Pretraining, log: Path, on_validation: Callable[[int, float], None]) -> None:
+    """Commit the state, then evaluate it: whoever is killed while evaluating has lost nothing."""
+    run.save()
+    loss = run.validation_loss()
+    _log(log, {"step": run.steps_done, "validation_loss": loss})
+    on_validation(run.steps_done, loss)
+
+
+def _trim_log(path: Path, last: int) -> None:
+    """Drop what was logged after step ``last``, which will be trained again, and lines that were not written whole."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    kept = b"".join(line + b"\n" for line in content.split(b"\n") if _is_record_up_to(last, line))
+    if kept != content:
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_bytes(kept)
+        temporary.replace(path)
+
+
+def _is_record_up_to(last: int, line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= last
 
 
 def _log(path: Path, record: dict[str, Any]) -> None:
