@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,32 @@ def test_max_tokens_is_what_the_context_leaves(llm: mixtral.LLM) -> None:
     assert (len(found.ids), found.finish_reason) == (28, "length")
     with pytest.raises(mixtral.MixtralError, match="prompt has 128 tokens and the context of this model is 128"):
         llm.generate([1] * 128)
+
+
+def test_the_end_token_is_that_of_the_config(llm: mixtral.LLM, tmp_path: Path) -> None:
+    free = llm.generate([1, 5, 9], temperature=0.0, max_tokens=9, stop_ids=())
+    end = free.ids[4]
+    llm.save(tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": end}))
+    found = mixtral.load(tmp_path / "other").generate([1, 5, 9], temperature=0.0, max_tokens=9)
+    assert found.ids == free.ids[: free.ids.index(end) + 1]
+    assert found.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("style", ["per-expert", "fused"])
+def test_what_is_saved_can_be_loaded(llm: mixtral.LLM, style: Any, tmp_path: Path) -> None:
+    llm.save(str(tmp_path / "copy"), style=style)
+    ids = [1, 5, 9]
+    assert torch.equal(mixtral.load(tmp_path / "copy").logits(ids), llm.logits(ids))
+    with pytest.raises(mixtral.MixtralError, match="not empty"):
+        llm.save(tmp_path / "copy", style=style)
+    llm.save(tmp_path / "copy", style=style, overwrite=True)
+
+
+def test_no_stop_strings_may_be_none_as_in_the_openai_client(llm: mixtral.LLM) -> None:
+    assert llm.generate("hello", stop=None, **GREEDY).text == llm.generate("hello", **GREEDY).text
+    assert llm.chat([USER], stop=None, **GREEDY) == llm.chat([USER], **GREEDY)
 
 
 def test_closing_a_stream_frees_the_pages(llm: mixtral.LLM) -> None:

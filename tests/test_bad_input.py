@@ -149,6 +149,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config not an object": (write("config.json", b"[]"), "expected a JSON object"),
     "config with an unknown key": (edit_config(num_local_expert=2), "did you mean 'num_local_experts'?"),
     "config of another architecture": (edit_config(model_type="llama"), "model_type is 'llama'"),
+    "config with a number beyond floats": (edit_config(rope_theta=10**400), "expected a finite number"),
+    "config with a number of 5,000 digits": (write("config.json", b'{"vocab_size": ' + b"9" * 5000 + b"}"), "not JSON"),
+    "config of quantised weights": (edit_config(quantization_config={"bits": 4}), "quantised checkpoints cannot be"),
     "config with a negative number": (edit_config(num_hidden_layers=-1), "num_hidden_layers is -1"),
     "config with NaN": (edit_config(rope_theta=float("nan")), "rope_theta is nan"),
     "config with a number as text": (edit_config(hidden_size="16"), "hidden_size is '16'"),
@@ -211,7 +214,15 @@ OPTIONS: dict[str, tuple[list[str], str]] = {
         "max_tokens is 999",
     ),
     "unknown option": (["generate", "--maxtokens", "3"], "--maxtokens"),
+    "no threads": (["generate", "--model", "{good}", "--threads", "0", *ONE_TOKEN], "--threads"),
+    "options are checked before the model": (
+        ["generate", "--model", "nowhere", "--temperature", "3", *ONE_TOKEN],
+        "temperature is 3",
+    ),
+    "chat: options are checked before the model": (["chat", "--model", "nowhere", "--top-p", "2"], "top_p is 2"),
+    "chat: model without a tokenizer": (["chat", "--model", "{new}/ids"], "no tokenizer fits the vocabulary of 40"),
     "serve: port in use": (["serve", "--model", "{good}", "--port", "{port}"], "cannot listen on 127.0.0.1:{port}"),
+    "serve: port of 400 digits": (["serve", "--model", "{good}", "--port", "9" * 400], "port is 999"),
     "serve: port out of range": (["serve", "--model", "{good}", "--port", "70000"], "port is 70000"),
     "serve: open to everybody": (["serve", "--model", "{good}", "--host", "0.0.0.0"], "host is '0.0.0.0'"),
     "serve: model missing": (["serve", "--model", "nowhere"], "nowhere: no such folder"),
@@ -264,6 +275,7 @@ SAMPLING = {
     "frequency penalty NaN": ("--frequency-penalty", "nan", "frequency_penalty is nan"),
     "seed no number": ("--seed", "abc", "--seed"),
     "seed too large": ("--seed", str(2**63), f"seed is {2**63}"),
+    "seed of 400 digits": ("--seed", "9" * 400, "seed is 999"),
     "logprobs too many": ("--logprobs", "21", "logprobs is 21"),
     "stop empty": ("--stop", "", "stop[0] is empty"),
 }
@@ -278,6 +290,7 @@ def test_wrong_option(kind: str, good: Path, tmp_path: Path, capsys: Capture) ->
     arguments, message = OPTIONS[kind]
     for name, text in TRAINING.items():
         (tmp_path / f"{name}.toml").write_text(text)
+    save_model(Mixtral(CONFIG.replace(vocab_size=40), device="cpu", dtype=torch.float32), tmp_path / "ids")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         places = {"{good}": str(good), "{new}": str(tmp_path), "{port}": port}
@@ -299,6 +312,10 @@ CALLS: dict[str, tuple[Callable[[mixtral.LLM], Any], str]] = {
     "bytes as prompt": (lambda m: m.generate(b"ab"), "of type bytes"),
     "a number among texts": (lambda m: m.generate(["a", 5]), "of type int"),
     "stop that is no text": (lambda m: m.generate("a", stop=[5]), "stop[0] is 5"),
+    "stop of a wrong type": (lambda m: m.generate("a", stop=5), "stop is 5"),  # type: ignore[arg-type,call-overload]
+    "stop ids of a wrong type": (lambda m: m.generate("a", stop_ids=5), "stop_ids is 5"),
+    "stop ids that are no ids": (lambda m: m.generate("a", stop_ids=["x"]), "stop_ids is ['x']"),
+    "temperature of 400 digits": (lambda m: m.generate("a", temperature=10**400), "temperature is 1000"),
     "empty stop in a stream": (lambda m: m.chat([USER], stop=[""], stream=True), "stop[0] is empty"),
     "chat stream checks at once": (lambda m: m.chat([USER], stream=True, top_p=2), "top_p is 2"),
     "empty list": (lambda m: m.generate([]), "empty"),
@@ -314,6 +331,11 @@ CALLS: dict[str, tuple[Callable[[mixtral.LLM], Any], str]] = {
     "tools in v1": (lambda m: m.chat([USER], tools=[TOOL]), "v1"),
     "conversation longer than the context": (lambda m: m.chat([USER | {"content": "one " * 80}]), "64"),
     "logits of nothing": (lambda m: m.logits([]), "empty"),
+    "logits of a tensor": (lambda m: m.logits(torch.tensor([1, 2])), "of type Tensor"),  # type: ignore[arg-type]
+    "device that is no name": (lambda m: mixtral.load("x", device=None), "device is None"),  # type: ignore[arg-type]
+    "dtype that is no name": (lambda m: mixtral.load("x", dtype=[]), "dtype is []"),  # type: ignore[arg-type]
+    "no threads": (lambda m: mixtral.load(".", threads=0), "threads is 0"),
+    "style of no file": (lambda m: m.save("x", style="gguf"), "style is 'gguf'"),  # type: ignore[arg-type]
     "logits of a wrong id": (lambda m: m.logits([32000]), "token id is 32000"),
     "logits beyond the context": (lambda m: m.logits([1] * 65), "needs 65 tokens"),
 }

@@ -16,7 +16,7 @@ from mixtral.engine.generator import Generator as TokenGenerator
 from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
 from mixtral.model.mixtral import Mixtral
 from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, encode_chat, parse_calls
-from mixtral.weights import is_compact, load_compact, load_model
+from mixtral.weights import is_compact, load_compact, load_model, save_model
 from mixtral.wire import Candidate, SamplingParams, TokenEvent
 
 __all__ = [
@@ -70,7 +70,8 @@ class Delta:
 class Completion:
     """A finished answer. ``ids`` are all sampled tokens, the end token included; ``text`` ends before a stop string.
 
-    ``text`` is empty for a model without tokenizer. The same prompt with the same ``seed`` gives the same answer.
+    ``text`` is empty for a model without tokenizer. The same call with the same ``seed`` gives the same answer; what is
+    drawn for a prompt also depends on its place in the list.
     """
 
     text: str
@@ -154,14 +155,14 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: Prompt, *, stop: Sequence[str] = (), stream: Literal[False] = False, **params: Any
+        self, prompt: Prompt, *, stop: Sequence[str] | None = None, stream: Literal[False] = False, **params: Any
     ) -> Completion: ...
     @overload
     def generate(
         self,
         prompt: Sequence[str] | Sequence[Sequence[int]],
         *,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         stream: Literal[False] = False,
         **params: Any,
     ) -> list[Completion]: ...
@@ -170,11 +171,11 @@ class LLM:
         self,
         prompt: Prompt | Sequence[str] | Sequence[Sequence[int]],
         *,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         stream: Literal[True],
         **params: Any,
     ) -> Iterator[Delta]: ...
-    def generate(self, prompt: Any, *, stop: Sequence[str] = (), stream: bool = False, **params: Any) -> Any:
+    def generate(self, prompt: Any, *, stop: Sequence[str] | None = None, stream: bool = False, **params: Any) -> Any:
         """Continue text (BOS is put before it) or token ids (taken as they are), or a list of either as one batch.
 
         ``params`` are the fields of ``SamplingParams``; ``max_tokens`` is 512 or what the context leaves. A stop string
@@ -203,7 +204,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         stream: Literal[False] = False,
         **params: Any,
     ) -> ChatCompletion: ...
@@ -213,7 +214,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         stream: Literal[True],
         **params: Any,
     ) -> Iterator[ChatDelta]: ...
@@ -222,7 +223,7 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         stream: bool = False,
         **params: Any,
     ) -> Any:
@@ -246,13 +247,26 @@ class LLM:
             raise RuntimeError("the answer has no end")
         return ChatCompletion("".join(d.content for d in found), last.tool_calls, last.finish_reason, last.usage)
 
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Raw logits after each of the T ids: float32 [T, V].
+    def logits(self, ids: Prompt) -> torch.Tensor:
+        """Raw logits after each of the T ids: float32 [T, V]. Text becomes ids as in ``generate``.
 
         Raises:
             RequestError, TokenizerError, CapacityError: no ids, an id outside the vocabulary, more than the context.
         """
-        return self.generator.logits(ids)
+        return self.generator.logits(self._ids(ids))
+
+    def save(
+        self, folder: str | Path, *, style: Literal["per-expert", "fused"] = "per-expert", overwrite: bool = False
+    ) -> None:
+        """Write ``config.json`` and safetensors that transformers and ``load`` read, in the dtype of the model.
+
+        The respelling of rare ids, which the embedded model comes with, is not part of such a folder.
+
+        Raises:
+            ConfigError: there is no such style.
+            CheckpointError: the folder is not empty (and not ``overwrite``), or cannot be written.
+        """
+        save_model(self.generator.model, Path(folder), style=style, overwrite=overwrite)
 
     def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
         """Token events of several prompts; what the server asks of an engine."""
@@ -345,25 +359,32 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
+    threads: int | None = None,
     name: str | None = None,
 ) -> LLM:
     """Load a model: "embedded" (ships with this package) or a folder with ``config.json`` and safetensors files.
 
-    ``dtype`` None keeps that of the files. ``name`` is what the server calls the model; default: the folder's name.
+    ``dtype`` None keeps that of the files. ``threads`` sets the CPU threads of the whole process. ``name`` is what
+    the server calls the model; default: the folder's name.
 
     Raises:
-        ConfigError: the device, dtype or ``config.json`` is wrong, or a preset is given, which has no weights.
+        ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
         CheckpointError: files are missing or damaged, or do not fit the config.
     """
     target, kind = _device(device), _dtype(dtype)
     folder = folder_of(model)
+    if threads is not None:
+        if not 1 <= threads <= 1024:
+            raise ConfigError(f"threads is {threads!r}; expected 1 to 1024", param="threads")
+        torch.set_num_threads(threads)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name)
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind)
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
     found = load_model(folder, device=target, dtype=kind)
-    return LLM(found, _tokenizer_for(found.config.vocab_size), name=name)
+    fitting = Tokenizer.version_for(found.config.vocab_size)
+    return LLM(found, Tokenizer.from_version(fitting) if fitting else None, name=name)
 
 
 def folder_of(model: str | Path) -> Path:
@@ -396,17 +417,10 @@ def folder_of(model: str | Path) -> Path:
     raise CheckpointError(f'{folder}: no such folder; expected "embedded" or a folder with config.json', param="model")
 
 
-def _tokenizer_for(vocab_size: int) -> Tokenizer | None:
-    try:
-        return Tokenizer.for_vocab_size(vocab_size)
-    except TokenizerError:
-        return None
-
-
 def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise ConfigError(f"device is {device!r}; expected cpu, or what torch calls a GPU", param="device") from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     known = {"cpu", *([accelerator.type] if accelerator else [])}
@@ -422,7 +436,7 @@ def _count(device: torch.device) -> int:
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}", param="dtype")
     return _DTYPES[dtype]
 
@@ -440,8 +454,10 @@ def _wrong_prompt(prompt: object) -> RequestError:
     return RequestError(f"a prompt is of type {kind}; expected text, token ids, or a list of either", param="prompt")
 
 
-def _stops(stop: Sequence[str]) -> tuple[str, ...]:
-    found = (stop,) if isinstance(stop, str) else tuple(stop)
+def _stops(stop: Sequence[str] | None) -> tuple[str, ...]:
+    if stop is not None and not isinstance(stop, Sequence):
+        raise RequestError(f"stop is {stop!r}; expected text or a list of texts", param="stop")
+    found = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for place, text in enumerate(found):
         if not isinstance(text, str):
             raise RequestError(f"stop[{place}] is {text!r}; expected text", param=f"stop[{place}]")

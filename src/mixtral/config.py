@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,13 @@ class MixtralConfig:
                 if value not in FIXED_KEYS[key]:
                     expected = " or ".join(repr(allowed) for allowed in FIXED_KEYS[key])
                     raise ConfigError(f"{source}: {key} is {value!r}; a Mixtral has {expected}", param=key)
+            elif key == "quantization_config":
+                if value is not None:
+                    raise ConfigError(
+                        f"{source}: quantization_config is given, and quantised checkpoints cannot be read yet; "
+                        "take one whose weights are bfloat16, float16 or float32",
+                        param=key,
+                    )
             elif key == "rope_parameters":
                 picked.update(_rope_parameters(value, source))
             elif key not in IGNORED_KEYS:
@@ -163,7 +170,7 @@ def _default_head_dim(picked: Mapping[str, Any], source: str) -> int:
 def _check_number(name: str, value: object, *, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise ConfigError(f"{name} is {value!r}; expected {'an integer' if whole else 'a number'}", param=name)
-    if not math.isfinite(value):
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise ConfigError(f"{name} is {value!r}; expected a finite number", param=name)
     least = 0 if name in {"bos_token_id", "eos_token_id", "router_aux_loss_coef"} else 1 if whole else 1e-30
     if value < least:
@@ -186,7 +193,7 @@ def read_config(path: Path) -> MixtralConfig:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")

@@ -129,6 +129,41 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     assert done.stdout in {"1\n", "0\n"}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command", ["inspect 8x7b", "inspect 8x7b --json", "--version"])
+def test_a_full_disk_is_one_line(command: str) -> None:
+    assert shell(f"{command} > /dev/full") == (2, "", "mixtral: error: the output: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "line"),
+    [
+        ("--version >&-", 0, ""),
+        ("inspect 8x7b >&-", 0, ""),
+        ("inspect nothing 2>&-", 2, ""),
+        ("inspect nothing 2>/dev/full", 2, ""),
+        ("generate --model nothing <&-", 2, "mixtral: error: nothing: no such folder"),
+    ],
+)
+def test_closed_streams_are_empty(command: str, code: int, line: str) -> None:
+    found = shell(command)
+    assert found[:2] == (code, "")
+    assert found[2].startswith(line)
+    assert found[2].count("\n") == (1 if line else 0)
+
+
+def shell(command: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m mixtral {command}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=ROOT / "src",
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
 def test_prompt_comes_from_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate.read_prompt("text", None) == "text"
     assert generate.read_prompt(None, "1, 2 3") == [1, 2, 3]
@@ -155,3 +190,27 @@ def test_ask_reads_lines_and_ends(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\r\n\ntwo"))
     assert [output.ask("> "), output.ask("> "), output.ask("> "), output.ask("> ")] == ["one", "", "two", None]
     assert capsys.readouterr().out == ""
+
+
+def test_a_person_types_lines(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    lines = iter(["one", "two"])
+    seen: list[str] = []
+
+    def typed(prompt: str) -> str:
+        seen.append(prompt)
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr(output, "interactive", lambda: True)
+    monkeypatch.setattr("builtins.input", typed)
+    assert [output.ask("> "), output.ask("> "), output.ask("> ")] == ["one", "two", None]
+    assert seen == ["> ", "> ", "> "]
+    assert capsys.readouterr().out == "\n"
+
+
+def test_standard_input_of_a_conversation_must_be_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), "utf-8", "surrogateescape"))
+    output.prepare()
+    with pytest.raises(RequestError, match="standard input is not UTF-8"):
+        output.ask("> ")

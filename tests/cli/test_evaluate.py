@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,29 @@ def test_table_on_standard_output_and_json_in_a_file(folder: Path, tmp_path: Pat
     assert captured.err.splitlines() == ["sums/2-op: 2 of 2 answered", "calls/values: 2 of 2 answered"]
     rows = json.loads(path.read_text())
     assert [(row["suite"], row["n"]) for row in rows] == [("sums/2-op", 2), ("calls/values", 2)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_scores_that_cannot_be_written_are_shown_all_the_same(folder: Path, capsys: Capture) -> None:
+    options = ["--suite", "sums/2-op", "--count", "1", "--json", "/dev/full"]
+    assert main(["evaluate", "--model", str(folder), *options]) == 2
+    captured = capsys.readouterr()
+    assert "| sums/2-op | 1 |" in captured.out
+    assert captured.err.splitlines()[1:] == ["mixtral: error: /dev/full: cannot be written (No space left on device)"]
+
+
+def test_finished_suites_are_shown_also_after_an_error(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    small = tmp_path / "small"
+    shutil.copytree(folder, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    path = tmp_path / "scores.json"
+    options = ["--suite", "sums/1-op", "--suite", "notes/1024", "--count", "1", "--json", str(path)]
+    assert main(["evaluate", "--model", str(small), *options]) == 2
+    captured = capsys.readouterr()
+    assert [line.split(" | ")[0] for line in captured.out.splitlines()[2:]] == ["| sums/1-op"]
+    assert "mixtral: error: the conversation needs at least" in captured.err
+    assert not path.exists()
 
 
 def test_batches_answer_as_chat_does_one_by_one(llm: mixtral.LLM, monkeypatch: pytest.MonkeyPatch) -> None:

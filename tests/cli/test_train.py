@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +77,10 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def test_every_option_has_a_help_text() -> None:
     commands = typer.main.get_command(train.app).commands  # type: ignore[attr-defined]
     assert set(commands) == {"pretrain", "export"}
@@ -81,11 +88,16 @@ def test_every_option_has_a_help_text() -> None:
 
 
 def test_a_finished_run_has_nothing_to_do(config: Path, finished: Path, capsys: Capture) -> None:
-    records = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2, 3]
+    records = read_log(finished)
+    assert [(record["step"], "validation_loss" in record) for record in records] == [
+        (1, False),
+        (2, False),
+        (3, False),
+        (3, True),
+    ]
     assert main(["train", "pretrain", str(config), "--out", str(finished)]) == 0
-    assert capsys.readouterr().out == f"{finished}: 3 steps, {records[-1]['tokens_total']:,} tokens\n"
-    assert len((finished / "log.jsonl").read_text().splitlines()) == STEPS
+    assert capsys.readouterr().out == f"{finished}: 3 steps, {records[2]['tokens_total']:,} tokens\n"
+    assert read_log(finished) == records
 
 
 def test_a_run_is_not_continued_with_another_recipe(
@@ -121,15 +133,16 @@ def test_a_signal_saves_and_the_same_command_resumes(
         patch.setattr(train.Progress, "show", show_and_stop)
         assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert lines[0].startswith("step 1/3  loss ")
-    assert f"{tmp_path}: 1 steps, " in lines[1]
-    assert "goes on from here" in lines[1]
+    assert lines[1] == f"step 1/3  saved  validation loss {read_log(tmp_path)[-1]['validation_loss']:.4f}"
+    assert f"{tmp_path}: 1 steps, " in lines[2]
+    assert "goes on from here" in lines[2]
     assert signal.getsignal(number) is before
     assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000001"]
 
     assert main(command) == 0
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]] == ["2/3", "3/3"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]] == ["2/3", "3/3", "3/3"]
     resumed, unbroken = checkpoint.load_latest(tmp_path), checkpoint.load_latest(finished)
     assert resumed is not None
     assert unbroken is not None
@@ -150,14 +163,16 @@ def test_the_time_limit_ends_a_run(config: Path, tmp_path: Path, capsys: Capture
     assert capsys.readouterr().out == f"{tmp_path}: 0 steps, 0 tokens of 3; the same command goes on from here\n"
 
 
-def test_a_reader_that_leaves_ends_the_run_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("problem", [output.PipeClosedError(), OSError(28, "No space left on device", "the output")])
+def test_a_reader_that_leaves_ends_the_run_saved(problem: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody_reads(text: str) -> None:
-        raise output.PipeClosedError
+        raise problem
 
-    stop = train.Stop()
     monkeypatch.setattr(output, "say", nobody_reads)
-    train.Progress(10, stop).show(REPORT)
-    assert stop.wanted
+    for show in (lambda p: p.show(REPORT), lambda p: p.show_validation(10, 1.5)):
+        stop = train.Stop()
+        show(train.Progress(10, stop))
+        assert stop.wanted
 
 
 def test_the_line_of_a_step() -> None:
@@ -191,8 +206,7 @@ def test_export_says_where_the_model_comes_from(finished: Path, tmp_path: Path) 
     export_run(finished, tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    records = (finished / "log.jsonl").read_text().splitlines()
-    assert metadata["tokens"] == str(json.loads(records[-1])["tokens_total"])
+    assert metadata["tokens"] == str(max(record.get("tokens_total", 0) for record in read_log(finished)))
     assert {name: metadata[name] for name in ("steps", "seed", "data_seed", "trained_rows")} == {
         "steps": "3",
         "seed": "1",
@@ -210,3 +224,18 @@ def test_export_refuses_a_run_whose_only_state_is_damaged(finished: Path, tmp_pa
     with pytest.raises(TrainingError, match="holds no whole run state"):
         export_run(tmp_path / "run", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_damaged_state_is_passed_over_with_one_line(
+    config: Path, finished: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    older, newer = tmp_path / "step-00000003", tmp_path / "step-00000004"
+    shutil.copytree(next(finished.glob("step-*")), older)
+    newer.mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["train", "pretrain", str(config), "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().err
+    assert text.startswith(f"mixtral: warning: {tmp_path}: passed over step-00000004 (")
+    assert text.endswith("going on from step-00000003\n")
+    assert text.count("\n") == 1

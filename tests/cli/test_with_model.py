@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,23 @@ def test_an_error_ends_a_script_but_not_a_person(capsys: Capture, monkeypatch: p
     assert capsys.readouterr().err == "mixtral: error: too long\n"
 
 
+def test_an_error_begins_a_line_of_its_own(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "interactive", lambda: True)
+    conversation = chat.Conversation(Talker(["Hel", CapacityError("full")]), "", {})  # type: ignore[arg-type]
+    assert conversation.take("hi")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("Hel\n", "mixtral: error: full\n")
+    assert conversation.messages == []
+
+
+def test_threads_are_set_for_the_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    assert main(["generate", "--model", str(folder), "--ids", "1", *GREEDY, "--threads", "3"]) == 0
+    assert main(["generate", "--model", str(folder), "--ids", "1", *GREEDY]) == 0
+    assert seen == [3]
+
+
 def test_inspect_reads_a_folder_without_loading_it(folder: Path, capsys: Capture) -> None:
     assert main(["inspect", str(folder), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -227,6 +245,7 @@ def test_serve_hands_the_model_to_the_server(folder: Path, capsys: Capture, monk
     def serve(engine: Any, config: Any, *, on_ready: Any) -> None:
         seen.extend((engine, config))
         on_ready("http://127.0.0.1:1234")
+        logging.getLogger("mixtral.server").info("a request")
 
     monkeypatch.setattr("mixtral.server.serve", serve)
     command = [
@@ -244,4 +263,7 @@ def test_serve_hands_the_model_to_the_server(folder: Path, capsys: Capture, monk
     engine, config = seen
     assert (engine.name, engine.context, engine.tokenizer.version) == ("desk", 128, "v3")
     assert (config.port, config.host, config.allowed_hosts) == (1234, "127.0.0.1", ("a.b",))
-    assert "http://127.0.0.1:1234" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "http://127.0.0.1:1234" in shown
+    assert shown.endswith(" a request\n")
+    assert logging.getLogger("mixtral.server").handlers == []

@@ -80,7 +80,7 @@ class FakeEngine:
             id=id,
             logprob=None if params.logprobs is None else -0.5,
             top=top,
-            finish_reason="stop" if id in params.stop_ids else "length" if last else None,
+            finish_reason="stop" if id in (params.stop_ids or (2,)) else "length" if last else None,
         )
 
 

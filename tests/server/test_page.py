@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,24 +15,6 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = [pytest.mark.page]
 ANSWER = "Breakfast is from 07:00 to 10:30.\n<b>bold</b> & ça va, ñandú, Straße."
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1000,760"),
-)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.fail("the page tests need Chromium: apt-get install -y chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver)) as found:
-        yield found
 
 
 @pytest.fixture
@@ -131,6 +112,20 @@ def test_settings_reach_the_engine_and_a_new_chat_forgets(page: webdriver.Chrome
     by_id(page, "prompt").send_keys("Second", Keys.ENTER)
     wait_for_status(page, "The answer was cut")
     assert "First" not in engine.tokenizer.decode(engine.prompts[1])
+
+
+@pytest.mark.parametrize("value", ["99999", ""])
+def test_a_wrong_setting_is_shown_also_when_the_settings_are_closed(
+    page: webdriver.Chrome, engine: FakeEngine, value: str
+) -> None:
+    page.execute_script("arguments[0].value = arguments[1]", by_id(page, "max-tokens"), value)
+    assert not by_id(page, "settings").is_displayed()
+    by_id(page, "prompt").send_keys("Hello", Keys.ENTER)
+    assert by_id(page, "settings").is_displayed()
+    assert by_id(page, "settings-button").get_attribute("aria-expanded") == "true"
+    assert page.switch_to.active_element == by_id(page, "max-tokens")
+    assert by_id(page, "prompt").get_attribute("value") == "Hello"
+    assert engine.prompts == []
 
 
 def test_an_example_is_one_click(page: webdriver.Chrome, engine: FakeEngine) -> None:

@@ -1,6 +1,7 @@
 """The command ``mixtral``: its table of commands, and how errors become one line and an exit code.
 
-Exit codes: 0 done, 1 a fault of this program or a reader that went away, 2 wrong input (user or file), 130 interrupted.
+Exit codes: 0 done, 1 a fault of this program or a reader that went away, 2 wrong input (user or file) or output that
+cannot be written, 130 interrupted.
 """
 
 from __future__ import annotations

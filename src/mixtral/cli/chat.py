@@ -14,8 +14,10 @@ from mixtral.cli.generate import (
     MinPOption,
     ModelOption,
     SeedOption,
+    ThreadsOption,
     TopKOption,
     TopPOption,
+    check_sampling,
 )
 from mixtral.errors import MixtralError
 
@@ -41,12 +43,17 @@ def run(
     seed: SeedOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
     from mixtral.api import load
 
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    chat = Conversation(load(model, device=device, dtype=dtype), system, options | {"max_tokens": max_tokens})
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    options |= {"seed": seed, "max_tokens": max_tokens}
+    check_sampling(options)
+    llm = load(model, device=device, dtype=dtype, threads=threads)
+    llm.tokenizer  # noqa: B018 - nobody can talk with a model without one; say so before the first question
+    chat = Conversation(llm, system, options)
     if output.interactive():
         output.say(f"{chat.llm.name}: /help lists the commands, /quit ends.")
     while (line := output.ask("> ")) is not None and chat.take(line):
@@ -98,6 +105,8 @@ class Conversation:
             output.say(" (stopped)")
         except MixtralError as error:
             self.messages.pop()
+            if said:
+                output.say()
             if not output.interactive():
                 raise
             output.error(str(error))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mixtral.cli import answers, output
-from mixtral.cli.generate import DeviceOption, DtypeOption, ModelOption
+from mixtral.cli.generate import DeviceOption, DtypeOption, ModelOption, ThreadsOption
 from mixtral.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mixtral.evaluate.desk import SuiteScore
 
 __all__ = ["run"]
 
@@ -23,8 +26,9 @@ def run(
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the scores as JSON.")] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
-    """Score a model on held-out documents: greedy answers, checked; with intervals and trivial baselines."""
+    """Score a model on held-out documents. Greedy answers, checked; with intervals and trivial baselines."""
     from mixtral.api import load
     from mixtral.desk.write import SUITES
     from mixtral.evaluate.desk import score, to_json, to_markdown
@@ -35,12 +39,20 @@ def run(
         raise ConfigError(f"unknown suite {unknown[0]!r}; expected one of {', '.join(SUITES)}", param="suite")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise ConfigError(f"--json is {str(json_path)!r}; expected a file in an existing folder", param="json")
-    llm = load(model, device=device, dtype=dtype)
+    llm = load(model, device=device, dtype=dtype, threads=threads)
 
     def on_batch(name: str, answered: int, total: int) -> None:
         output.note(f"{name}: {answered} of {total} answered")
 
-    scores = score(answers.answerer(llm, on_batch), chosen, count, seed=seed, split=split)
-    output.write(to_markdown(scores))
+    scores: list[SuiteScore] = []
+    try:
+        for name in chosen:
+            scores += score(answers.answerer(llm, on_batch), [name], count, seed=seed, split=split)
+    finally:  # scoring takes long: an error or Ctrl-C loses no suite that is finished
+        if scores:
+            output.write(to_markdown(scores))
     if json_path is not None:
-        json_path.write_text(to_json(scores), encoding="utf-8")
+        try:
+            json_path.write_text(to_json(scores), encoding="utf-8")
+        except OSError as problem:  # not every one of them names the file
+            raise ConfigError(f"{json_path}: cannot be written ({problem.strerror})", param="json") from None

@@ -21,8 +21,10 @@ __all__ = [
     "MinPOption",
     "ModelOption",
     "SeedOption",
+    "ThreadsOption",
     "TopKOption",
     "TopPOption",
+    "check_sampling",
     "read_prompt",
     "run",
 ]
@@ -30,6 +32,7 @@ __all__ = [
 ModelOption = Annotated[str, typer.Option(help='"embedded", or a folder with config.json and safetensors.')]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute, as torch names it.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the files.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's own choice.")]
 MaxTokensOption = Annotated[
     int | None, typer.Option("--max-tokens", help="Longest answer; default 512, or what the context leaves.")
 ]
@@ -60,6 +63,7 @@ def run(
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
     """Continue a text or a list of token ids."""
     from mixtral.api import load
@@ -76,13 +80,21 @@ def run(
         "seed": seed,
         "logprobs": logprobs,
         "max_tokens": max_tokens,
-        "stop": tuple(stop or ()),
     }
-    llm = load(model, device=device, dtype=dtype)
+    check_sampling(options)
+    options["stop"] = tuple(stop or ())
+    llm = load(model, device=device, dtype=dtype, threads=threads)
     if stream if stream is not None else sys.stdout.isatty() and not as_json:
         _stream(llm, given, options, as_json=as_json)
     else:
         _whole(llm, given, options, as_json=as_json)
+
+
+def check_sampling(options: Mapping[str, Any]) -> None:
+    """Raise RequestError for an option that is out of range: before a model is loaded, which may take minutes."""
+    from mixtral.wire import SamplingParams
+
+    SamplingParams(**{name: value for name, value in options.items() if value is not None})
 
 
 def read_prompt(prompt: str | None, ids: str | None) -> str | list[int]:

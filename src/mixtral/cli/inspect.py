@@ -20,7 +20,7 @@ def run(
     subject: Annotated[str, typer.Argument(metavar="PATH|PRESET|embedded", help="Folder, 8x7b, 8x22b or tiny.")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
 ) -> None:
-    """Say what a model is: sizes, parameters, memory by precision, files."""
+    """Say what a model is: sizes, parameters, memory, files."""
     found = describe(subject)
     if as_json:
         output.write_json(found, indent=2)
@@ -68,6 +68,7 @@ def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[s
     import dataclasses
 
     from mixtral.plan import PRECISIONS, count_parameters, kv_bytes_per_token, memory_bytes
+    from mixtral.tokenizer import Tokenizer
 
     counts = count_parameters(config)
     per_token = kv_bytes_per_token(config)
@@ -91,7 +92,7 @@ def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[s
             "context": config.max_position_embeddings,
             "bytes_full_context": per_token * config.max_position_embeddings,
         },
-        "tokenizer": {32000: "v1", 32768: "v3"}.get(config.vocab_size),
+        "tokenizer": Tokenizer.version_for(config.vocab_size),
         "files": files,
     }
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
@@ -33,10 +34,18 @@ class PipeClosedError(Exception):
 
 
 def prepare() -> None:
-    """Characters that the terminal's encoding lacks become "?" instead of an error."""
-    for stream in (sys.stdout, sys.stderr):
+    """Make the three streams fit for the commands.
+
+    Characters that the terminal's encoding lacks become "?", input that is not text is an error, a stream that the
+    caller closed is empty, and a warning is one line.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
+    warnings.showwarning = _show_warning
 
 
 def interactive() -> bool:
@@ -68,7 +77,7 @@ def error(message: str) -> None:
     """``mixtral: error: ...`` on one line of standard error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unknown error"]
     more = f"; and {len(lines) - _SHOWN_LINES} more lines" if len(lines) > _SHOWN_LINES else ""
-    with contextlib.suppress(PipeClosedError):
+    with contextlib.suppress(PipeClosedError, OSError):
         _put(sys.stderr, f"mixtral: error: {_join(lines[:_SHOWN_LINES])}{more}")
 
 
@@ -88,10 +97,10 @@ def pairs(title: str, rows: Mapping[str, str] | Sequence[tuple[str, str]]) -> No
 
 
 def ask(prompt: str) -> str | None:
-    """One line from standard input, None at its end. The prompt is shown to a person only."""
-    if interactive():
-        write(prompt)
+    """One line from standard input, None at its end. A person sees the prompt and can edit the line."""
     try:
+        if interactive():
+            return _typed(prompt)
         line = sys.stdin.readline()
     except UnicodeDecodeError as problem:
         from mixtral.errors import RequestError
@@ -100,10 +109,25 @@ def ask(prompt: str) -> str | None:
     return line.rstrip("\r\n") if line else None
 
 
+def _typed(prompt: str) -> str | None:
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 - gives `input` arrow keys and the lines typed before
+    try:
+        return input(prompt)
+    except EOFError:
+        say()
+        return None
+
+
 def silence() -> None:
     """After ``PipeClosedError``: keep the interpreter's last flush from complaining."""
     with contextlib.suppress(OSError, io.UnsupportedOperation):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    with contextlib.suppress(PipeClosedError, OSError):
+        _put(sys.stderr, f"mixtral: warning: {' '.join(str(message).split())}")
 
 
 def _put(stream: TextIO, text: str, *, end: str = "\n") -> None:
@@ -124,3 +148,5 @@ def _pipe() -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise PipeClosedError from None
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, "the output") from None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from mixtral.cli import output
-from mixtral.cli.generate import DeviceOption, DtypeOption, ModelOption
+from mixtral.cli.generate import DeviceOption, DtypeOption, ModelOption, ThreadsOption
 
 __all__ = ["run"]
 
@@ -25,13 +28,31 @@ def run(
     queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")] = 16,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    threads: ThreadsOption = None,
 ) -> None:
-    """Serve a model over HTTP: an OpenAI-compatible API, and a chat page at /."""
+    """Serve a model over HTTP: OpenAI-compatible API, chat page."""
     from mixtral.server import ServerConfig, serve
 
     config = ServerConfig(host=host, port=port, allowed_hosts=tuple(allowed_host or ()), queue_size=queue_size)
     from mixtral.api import load
 
-    llm = load(model, device=device, dtype=dtype, name=served_model_name)
+    llm = load(model, device=device, dtype=dtype, threads=threads, name=served_model_name)
     llm.tokenizer  # noqa: B018 - a model without one cannot be served; say so before listening
-    serve(llm, config, on_ready=lambda address: output.note(f"{llm.name} is ready: {address} (Ctrl-C stops)"))
+    with _request_log():
+        serve(llm, config, on_ready=lambda address: output.note(f"{llm.name} is ready: {address} (Ctrl-C stops)"))
+
+
+@contextmanager
+def _request_log() -> Iterator[None]:
+    """The server's log on standard error: a line per request, and what went wrong."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("mixtral.server")
+    before = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)

@@ -39,7 +39,14 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     with Stop.on_signals() as stop:
         progress = Progress(settings.run.steps, stop)
-        run = train(settings, out, on_step=progress.show, max_seconds=max_seconds, stopping=lambda: stop.wanted)
+        run = train(
+            settings,
+            out,
+            on_step=progress.show,
+            on_validation=progress.show_validation,
+            max_seconds=max_seconds,
+            stopping=lambda: stop.wanted,
+        )
     steps = settings.run.steps
     rest = "" if run.steps_done >= steps else f" of {steps}; the same command goes on from here"
     output.say(f"{out}: {run.steps_done} steps, {run.tokens_total:,} tokens{rest}")
@@ -87,7 +94,7 @@ class Stop:
 
 
 class Progress:
-    """One line per step. If nobody reads any more, the run ends with its state saved."""
+    """One line per step and per saved state. If it cannot be written any more, the run ends with its state saved."""
 
     def __init__(self, steps: int, stop: Stop) -> None:
         self.steps = steps
@@ -98,10 +105,11 @@ class Progress:
         """Put out the line of a finished step."""
         before = report.seconds if self._seconds is None else self._seconds
         self._seconds = before + _RECENT * (report.seconds - before)
-        try:
-            output.say(self.line(report, self._seconds))
-        except output.PipeClosedError:
-            self._stop.wanted = True
+        self._say(self.line(report, self._seconds))
+
+    def show_validation(self, step: int, loss: float) -> None:
+        """Put out the line of a saved state."""
+        self._say(f"step {step}/{self.steps}  saved  validation loss {loss:.4f}")
 
     def line(self, report: StepReport, seconds_per_step: float) -> str:
         """Step, losses, speed, the shares of the least and most used expert (1 is balance), and the time left."""
@@ -111,3 +119,9 @@ class Progress:
             f"balance {report.balance:.3f}  load {report.load_min:.2f}..{report.load_max:.2f}  "
             f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
         )
+
+    def _say(self, line: str) -> None:
+        try:
+            output.say(line)
+        except (output.PipeClosedError, OSError):  # a full disk is no reason to lose what was trained
+            self._stop.wanted = True

@@ -42,6 +42,7 @@ class _Sequence:
     waiting: list[int]
     params: SamplingParams
     seed: int
+    stop_ids: tuple[int, ...]
     history: History
     cached: int = 0
     sampled: int = 0
@@ -100,7 +101,9 @@ class Generator:
         for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
             self._check(prompt, one.max_tokens)
             history = History(prompt, self.config.vocab_size)
-            sequences.append(_Sequence(index, list(prompt), one, drawn if one.seed is None else one.seed, history))
+            seed = drawn if one.seed is None else one.seed
+            stop_ids = (self.config.eos_token_id,) if one.stop_ids is None else one.stop_ids
+            sequences.append(_Sequence(index, list(prompt), one, seed, stop_ids, history))
         return self._run(sequences, dropped)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -111,7 +114,7 @@ class Generator:
         """
         self._check(ids, 0)
         history = History(ids, self.config.vocab_size)
-        sequence = _Sequence(0, list(ids), SamplingParams(max_tokens=1), 0, history)
+        sequence = _Sequence(0, list(ids), SamplingParams(max_tokens=1), 0, (), history)
         with torch.inference_mode():
             run = _Run(self.model, [sequence])
             return torch.cat([self.model.logits(run.forward(pieces)) for pieces in _prompt_pieces([sequence])])
@@ -215,7 +218,7 @@ class _Run:
         sequence.history.add(choice.id)
         sequence.waiting = [choice.id]
         reason: FinishReason | None = None
-        if choice.id in sequence.params.stop_ids:
+        if choice.id in sequence.stop_ids:
             reason = "stop"
         elif sequence.sampled == sequence.params.max_tokens:
             reason = "length"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 from dataclasses import dataclass, fields
 
 from mixtral.errors import ConfigError
@@ -72,7 +71,7 @@ class ServerConfig:
             whole = field.type == "int"
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise ConfigError(f"{field.name} is {value!r}; expected a number", param=field.name)
-            if not math.isfinite(value) or not low <= value <= high:
+            if not low <= value <= high:  # NaN is not, either
                 raise ConfigError(f"{field.name} is {value!r}; expected {low:g} to {high:g}", param=field.name)
 
 

@@ -28,6 +28,7 @@ _FILES: dict[Version, tuple[str, str, int]] = {
         32768,
     ),
 }
+_OF_SIZE: dict[int, Version] = {32000: "v1", 32768: "v3"}  # embedding rows of a model -> version
 _UNKNOWN_TEXT = " \u2047 "  # what SentencePiece writes for <unk>
 
 
@@ -68,7 +69,7 @@ class Tokenizer:
     @classmethod
     def for_vocab_size(cls, vocab_size: int) -> Tokenizer:
         """The tokenizer of a model with this many embedding rows: 32000 -> v1, 32768 -> v3; else TokenizerError."""
-        version = {32000: "v1", 32768: "v3"}.get(vocab_size)
+        version = cls.version_for(vocab_size)
         if version is None:
             raise TokenizerError(
                 f"the model has {vocab_size} embedding rows; Mixtral tokenizers have 32000 (v1) or 32768 (v3) entries. "
@@ -76,6 +77,11 @@ class Tokenizer:
                 param="vocab_size",
             )
         return cls.from_version(version)
+
+    @staticmethod
+    def version_for(vocab_size: int) -> Version | None:
+        """The version that ``for_vocab_size`` takes, without loading it; None if none fits."""
+        return _OF_SIZE.get(vocab_size)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of one text segment; names of control tokens in it stay text. Lone surrogates are read as U+FFFD."""

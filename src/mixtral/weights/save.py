@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from mixtral.errors import CheckpointError
+from mixtral.errors import CheckpointError, ConfigError
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights.commit import Commit
 from mixtral.weights.hf import INDEX_NAME, SINGLE_NAME, Record, write_shard
@@ -32,10 +32,13 @@ def save_model(
     A router (fp32 in memory) is written in the dtype of the other weights if that loses nothing, else in fp32.
 
     Raises:
+        ConfigError: there is no such style.
         CheckpointError: the folder is not empty (and not ``overwrite``), cannot be written, or the model is not a plain
             Mixtral.
     """
     folder = Path(folder)
+    if style not in get_args(Style):
+        raise ConfigError(f"style is {style!r}; expected one of {', '.join(get_args(Style))}", param="style")
     if shard_size_bytes < 1:
         raise CheckpointError(f"shard_size_bytes is {shard_size_bytes}; expected at least 1", param="shard_size_bytes")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
@@ -34,7 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     ``temperature`` below 1e-3 is greedy (ties: lowest id). ``top_k`` 0 is off. ``logprobs`` None is off, otherwise the
     number of alternatives listed per token. ``seed`` None draws one. ``stop_ids`` end the text and are part of the
-    output.
+    output; None is the ``eos_token_id`` of the model's config.
 
     Raises:
         RequestError: a value is out of range, NaN, or of the wrong type; ``param`` names it.
@@ -50,7 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0
     seed: int | None = None
     logprobs: int | None = None
-    stop_ids: tuple[int, ...] = (2,)
+    stop_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -60,8 +59,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             kind = "an integer" if name in _WHOLE else "a number"
             if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else (int, float)):
                 raise RequestError(f"{name} is {value!r}; expected {kind} from {low:g} to {high:g}", param=name)
-            if not math.isfinite(value) or not low <= value <= high:
+            if not low <= value <= high:  # NaN is not, either
                 raise RequestError(f"{name} is {value!r}; expected {kind} from {low:g} to {high:g}", param=name)
+        if self.stop_ids is not None and not _are_ids(self.stop_ids):
+            raise RequestError(f"stop_ids is {self.stop_ids!r}; expected token ids", param="stop_ids")
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(id, int) and not isinstance(id, bool) for id in value)
 
 
 class Candidate(msgspec.Struct, frozen=True):

@@ -175,7 +175,11 @@ async function write(message, clock, signal) {
 async function send() {
   const question = page.prompt.value.trim();
   if (question === "" || running !== null || model === null) return;
-  if (!page.maxTokens.reportValidity()) return;
+  if (!page.maxTokens.checkValidity()) {
+    showSettings(true); // the browser says what is wrong, but only beside a field that can be seen
+    page.maxTokens.reportValidity();
+    return;
+  }
   running = new AbortController();
   history.push({ role: "user", content: question });
   const asked = addMessage("user", question);
@@ -232,6 +236,11 @@ function newChat() {
   page.prompt.focus();
 }
 
+function showSettings(shown) {
+  page.settings.hidden = !shown;
+  page.settingsButton.setAttribute("aria-expanded", String(shown));
+}
+
 function showTemperature() {
   page.temperatureValue.textContent = Number(page.temperature.value).toFixed(2);
 }
@@ -276,10 +285,7 @@ page.prompt.addEventListener("keydown", (event) => {
     send();
   }
 });
-page.settingsButton.addEventListener("click", () => {
-  page.settings.hidden = !page.settings.hidden;
-  page.settingsButton.setAttribute("aria-expanded", String(!page.settings.hidden));
-});
+page.settingsButton.addEventListener("click", () => showSettings(page.settings.hidden));
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
