@@ -58,12 +58,13 @@ def their_turn(model: Mixtral, dtype: torch.dtype) -> Turn:
     values = {k: v for k, v in model.config.to_dict().items() if k != "architectures"}
     config = transformers.MixtralConfig(**values)
     with torch.device("meta"):
-        peer = transformers.MixtralForCausalLM(config).to(dtype)
+        peer = transformers.MixtralForCausalLM(config)
+        peer.to(dtype=dtype)  # type: ignore[call-arg]
     # The same tensors, except the routers, which transformers computes in the model's dtype; and a rotary table.
     state = {name: value.to(dtype) for name, value in model.state_dict().items()}
     peer.load_state_dict(state, assign=True)
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config)
-    peer.eval()
+    peer.eval()  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def turn(prompt: list[int], steps: int) -> tuple[float, float, list[int]]:

@@ -3,7 +3,7 @@
     python benchmarks/train.py                        # rows of 512 tokens, which is what suits the peer best
     python benchmarks/train.py --workload documents   # the town desk's documents, which the peer must pad
 
-Both run in this process, a few steps each in turn, on the same tokens, threads and memory settings. The transformers
+Both run in this process, a few steps each in turn, on the same tokens and threads. The transformers
 loop is the fast one: pure bfloat16 weights, fused AdamW, SDPA, no recomputation; ours keeps float32 masters and runs
 Muon. Prints tokens/s per turn (padding not counted), medians, the ratio, and both losses after the same number of steps
 from the same starting weights.
@@ -28,7 +28,6 @@ from mixtral.tokenizer import Tokenizer
 from mixtral.train.config import OptimConfig
 from mixtral.train.data import encode_document
 from mixtral.train.losses import router_losses
-from mixtral.train.memory import keep_freed_memory
 from mixtral.train.optim import Optimizer
 
 VOCABULARY = 4096
@@ -69,7 +68,7 @@ def ours(start: dict[str, torch.Tensor]) -> Step:
         weights = torch.full((len(labels),), 1 / len(labels))
         loss, _ = head_cross_entropy(out.hidden_TD, model.lm_head.weight, labels, weights)
         balance, z = router_losses(out.routes)
-        (loss + 0.01 * balance + 0.001 * z).backward()
+        (loss + 0.01 * balance + 0.001 * z).backward()  # type: ignore[no-untyped-call]
         optimizer.accumulate()
         optimizer.step(RATE)
         return float(loss.detach())
@@ -80,10 +79,12 @@ def ours(start: dict[str, torch.Tensor]) -> Step:
 def peer(start: dict[str, torch.Tensor], experts: str) -> Step:
     sizes = preset("tiny").replace(vocab_size=VOCABULARY).to_dict()
     sizes.pop("architectures"), sizes.pop("model_type"), sizes.pop("rope_theta")
-    config = PeerConfig(**sizes, output_router_logits=True, attn_implementation="sdpa", experts_implementation=experts)
+    sizes |= {"output_router_logits": True, "attn_implementation": "sdpa", "experts_implementation": experts}
+    config = PeerConfig(**sizes)
     model = MixtralForCausalLM(config)
     model.load_state_dict(start)
-    model = model.to(torch.bfloat16)
+    model.bfloat16()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its table of angles stays float32
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(texts: list[list[int]]) -> float:
@@ -112,7 +113,6 @@ def main() -> None:
     parser.add_argument("--peer-experts", choices=["eager", "grouped_mm", "batched_mm"], default="grouped_mm")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
     texts_of = packed if options.workload == "packed" else documents
     model = Mixtral(preset("tiny").replace(vocab_size=VOCABULARY))
     initialise(model, seed=0)

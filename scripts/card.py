@@ -13,6 +13,7 @@ from typing import Any
 
 from mixtral.evaluate.desk import SuiteScore, to_markdown
 from mixtral.plan import count_parameters
+from mixtral.train.checkpoint import load_latest
 from mixtral.weights.compact import load_compact
 
 __all__ = ["main", "render"]
@@ -28,9 +29,10 @@ from the weights, the log of the run and the scores beside this file.
 
 ## What it is
 
-Preset `tiny`: 8 layers, width 256, 8 query and 4 key-value heads of size 32, 8 experts of hidden size 512, 2 per
-token, the v3 tokenizer with all its {vocabulary:,} ids. {total:,} parameters, {active:,} active per token. {rows:,}
-ids have rows of their own; the others share one (`docs/embedded.md`). int8 in groups of 32; {megabytes:.1f} MB.
+{layers} layers, width {width}, {heads} query and {groups} key-value heads of size {head}, {experts} experts of hidden
+size {hidden}, {per_token} per token, the v3 tokenizer with all its {vocabulary:,} ids. {total:,} parameters, {active:,}
+active per token. {rows:,} ids have rows of their own; the others share one (`docs/embedded.md`). int8 in groups of 32;
+{megabytes:.1f} MB.
 
 ## Data
 
@@ -41,10 +43,10 @@ in the training split.
 ## Training
 
 `mixtral train pretrain examples/pretrain.toml`: {steps:,} steps, {tokens:,} tokens ({per_step:,.0f} a step),
-{hours:.2f} hours on 2 CPU cores without a GPU ({speed:,.0f} tokens/s while other work ran beside it), torch {torch},
-bfloat16 with float32 masters. Muon on matrices and AdamW on the rest, learning rate {learning_rate}, {warmup} steps
-of warm-up, linear decay over the last {decay:.0%} of the steps. Seeds: {seed} for the weights, {data_seed} for the
-data. Balance loss {balance_coef}, z-loss {z_coef}.
+{hours:.2f} hours on {threads} CPU threads without a GPU ({speed:,.0f} tokens/s; other work ran beside it), torch
+{torch}, bfloat16 with float32 masters. Muon on matrices and AdamW on the rest, learning rate {learning_rate},
+{warmup} steps of warm-up, linear decay over the last {decay:.0%} of the steps. Seeds: {seed} for the weights,
+{data_seed} for the data. Balance loss {balance_coef}, z-loss {z_coef}.
 
 Loss is nats per trained token, weighted as in training; `validation` is nats per token of the assistant on held-out
 documents.
@@ -52,9 +54,9 @@ documents.
 {curve}
 ## Held-out scores
 
-Split `{split}`, greedy answers, {n} documents per suite, the same documents for everyone; interval: Wilson, 95 %. The
-baseline is the better of two trivial ones: the reply of the most similar training document (`nearest`), or always the
-most frequent reply (`majority`). `mixtral evaluate --split {split} --count {n}` makes this table again.
+Split `{split}`, seed {score_seed}, greedy answers, {n} documents per suite, the same for everyone; interval: Wilson,
+95 %. The baseline is the better of two trivial ones: the reply of the most similar training document (`nearest`), or
+always the most frequent reply (`majority`). `mixtral evaluate --split {split} --count {n}` makes this table again.
 
 {scores}
 `calls/none` asks whether the model refrains from calling where no function fits: never calling scores 100 % there. In
@@ -67,22 +69,34 @@ know. Answers outside the town desk are noise. Texts much longer than 512 tokens
 """
 
 
-def render(run_folder: Path, split: str = "test") -> str:
-    """The card's text; raises FileNotFoundError where a part is missing."""
-    compact = load_compact(FOLDER)
-    scores = [SuiteScore(**row) for row in json.loads((FOLDER / "scores.json").read_text(encoding="utf-8"))]
-    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    state = json.loads(max(run_folder.glob("step-*/state.json")).read_text(encoding="utf-8"))
+def render(run_folder: Path, model_folder: Path) -> str:
+    """The card's text.
+
+    Raises:
+        ValueError: the run, the weights and the scores do not belong together, or the run is not at its end.
+        OSError, MixtralError: a part is missing or damaged.
+    """
+    compact = load_compact(model_folder, device="cpu")
+    made = json.loads((model_folder / "scores.json").read_text(encoding="utf-8"))
+    scores = [SuiteScore(**row) for row in made["scores"]]
     config, notes = compact.model.config, compact.metadata
     parameters = count_parameters(config)
     steps, tokens, seconds = int(notes["steps"]), int(notes["tokens"]), float(notes["seconds"])
-    data, optim = state["config"]["data"], state["config"]["optim"]
+    saved = load_latest(run_folder)
+    if saved is None or (saved[0], saved[2]["tokens_total"]) != (steps, tokens):
+        raise ValueError(f"{run_folder}: its newest state is not the one that {model_folder} was exported from")
+    if steps != int(notes["steps_planned"]):
+        raise ValueError(f"the weights are of step {steps} of {notes['steps_planned']}; export the end of the run")
+    if len({row.n for row in scores}) != 1:
+        raise ValueError("the suites were scored on different numbers of documents")
+    data, optim = saved[2]["config"]["data"], saved[2]["config"]["optim"]
+    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return TEXT.format(
         vocabulary=config.vocab_size,
         total=parameters.total,
         active=parameters.active,
         rows=int(notes["trained_rows"]),
-        megabytes=(FOLDER / "model.safetensors").stat().st_size / 1e6,
+        megabytes=(model_folder / "model.safetensors").stat().st_size / 1e6,
         data_seed=notes["data_seed"],
         seed=notes["seed"],
         mixture=", ".join(f"{skill} {weight:g}" for skill, weight in data["mixture"].items()),
@@ -97,8 +111,18 @@ def render(run_folder: Path, split: str = "test") -> str:
         decay=optim["decay_fraction"],
         balance_coef=optim["balance_coef"],
         z_coef=optim["z_coef"],
-        curve=curve(log),
-        split=split,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        head=config.head_dim,
+        experts=config.num_local_experts,
+        hidden=config.intermediate_size,
+        per_token=config.num_experts_per_tok,
+        threads=saved[2]["config"]["run"]["threads"],
+        curve=curve([record for record in log if record["step"] <= steps]),
+        split=made["split"],
+        score_seed=made["seed"],
         n=scores[0].n,
         scores=to_markdown(scores),
     )
@@ -108,7 +132,7 @@ def curve(log: list[dict[str, Any]]) -> str:
     """A table of the losses at steps that were validated, thinned out."""
     by_step = {record["step"]: record for record in log if "loss" in record}
     checked = [record for record in log if "validation_loss" in record and record["step"] in by_step]
-    every = -(-len(checked) // CURVE_POINTS)
+    every = max(1, -(-len(checked) // CURVE_POINTS))
     lines = [
         "| step | tokens | loss | validation | balance | z | expert load |",
         "|---:|---:|---:|---:|---:|---:|---|",
@@ -123,8 +147,10 @@ def curve(log: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Write the card."""
-    (FOLDER / "CARD.md").write_text(render(Path(sys.argv[1])), encoding="utf-8")
+    """Write the card; the run folder is the only argument."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    (FOLDER / "CARD.md").write_text(render(Path(sys.argv[1]), FOLDER), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,6 @@ IGNORED_KEYS = frozenset(
         "pad_token_id",
         "problem_type",
         "return_dict",
-        "router_jitter_noise",
-        "sliding_window",  # published by mistake with early files: Mixtral has no window
         "torch_dtype",
         "transformers_version",
         "use_cache",
@@ -52,6 +51,17 @@ FIXED_KEYS: Mapping[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
 }
 
+# Keys that change nothing here, though other programs may act on them: (silent values, why any other has no effect).
+REPORTED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "router_jitter_noise": ((0, None), "this package adds no noise to the router's input"),
+    "sliding_window": ((None,), "Mixtral has no sliding window; early files gave one by mistake"),
+}
+
+THETA = 1e6  # of every Mixtral; 10000, the default of other models, ruins the answers
+
+# Far above any model; without a bound a damaged file could make us list billions of tensors.
+MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixtralConfig:
@@ -67,7 +77,7 @@ class MixtralConfig:
     num_local_experts: int
     num_experts_per_tok: int
     max_position_embeddings: int
-    rope_theta: float = 1e6
+    rope_theta: float = THETA
     rms_norm_eps: float = 1e-5
     router_aux_loss_coef: float = 0.001
     bos_token_id: int = 1
@@ -93,39 +103,34 @@ class MixtralConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> MixtralConfig:
-        """Read the keys of a ``config.json``. Unknown keys are refused, with the nearest known name."""
+        """Read the keys of a ``config.json``. Unknown keys are refused, with the nearest known name.
+
+        Warns:
+            UserWarning: ``rope_theta`` is not that of a Mixtral, or a key has a value that is ignored.
+        """
         known = {field.name: field for field in dataclasses.fields(cls)}
-        picked: dict[str, Any] = {}
-        for key, value in values.items():
-            if key in known:
-                picked[key] = value
-            elif key in FIXED_KEYS:
-                if value not in FIXED_KEYS[key]:
-                    expected = " or ".join(repr(allowed) for allowed in FIXED_KEYS[key])
-                    raise ConfigError(f"{source}: {key} is {value!r}; a Mixtral has {expected}", param=key)
-            elif key == "quantization_config":
-                if value is not None:
-                    raise ConfigError(
-                        f"{source}: quantization_config is given, and quantised checkpoints cannot be read yet; "
-                        "take one whose weights are bfloat16, float16 or float32",
-                        param=key,
-                    )
-            elif key == "rope_parameters":
-                picked.update(_rope_parameters(value, source))
-            elif key not in IGNORED_KEYS:
-                near = difflib.get_close_matches(key, [*known, *FIXED_KEYS, *IGNORED_KEYS], n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise ConfigError(f"{source}: unknown key {key!r}{hint}", param=key)
-        if picked.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= picked.keys():
+        picked = {key: value for key, value in values.items() if key in known and value is not None}
+        others = [(key, value) for key, value in values.items() if key not in known]
+        notes = [note for key, value in others if (note := _checked_key(key, value, [*known], source))]
+        if "rope_parameters" in values:
+            picked = _rope_parameters(values["rope_parameters"], source, picked.get("rope_theta")) | picked
+        if "head_dim" not in picked and {"hidden_size", "num_attention_heads"} <= picked.keys():
             picked["head_dim"] = _default_head_dim(picked, source)
-        missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and picked.get(n) is None]
+        missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in picked]
         if missing:
             raise ConfigError(f"{source}: missing key {missing[0]!r}", param=missing[0])
-        picked = {key: value for key, value in picked.items() if value is not None}
         try:
-            return cls(**picked)
+            config = cls(**picked)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}", param=error.param) from None
+        if config.rope_theta != THETA:
+            notes.append(
+                f"rope_theta is {_shown(config.rope_theta)} and is used, but every published Mixtral has {THETA:.0f}; "
+                "if the model was not trained with it, its answers turn into nonsense"
+            )
+        for note in notes:
+            warnings.warn(f"{source}: {note}", stacklevel=2)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that transformers and this package read."""
@@ -144,39 +149,84 @@ class MixtralConfig:
         return dataclasses.replace(self, **changes)
 
 
-def _rope_parameters(value: Any, source: str) -> dict[str, Any]:
+def _checked_key(key: str, value: Any, known: list[str], source: str) -> str | None:
+    """Refuse a key that is no number of the model, or a value that makes it another one; a note if it is ignored."""
+    if key in FIXED_KEYS:
+        if value not in FIXED_KEYS[key]:
+            expected = " or ".join(repr(allowed) for allowed in FIXED_KEYS[key])
+            raise ConfigError(f"{source}: {key} is {_shown(value)}; a Mixtral has {expected}", param=key)
+    elif key in REPORTED_KEYS:
+        silent, reason = REPORTED_KEYS[key]
+        return None if value in silent else f"{key} is {_shown(value)}, which is ignored: {reason}"
+    elif key == "quantization_config":
+        if value is not None:
+            raise ConfigError(
+                f"{source}: quantization_config is given, and quantised checkpoints cannot be read yet; "
+                "take one whose weights are bfloat16, float16 or float32",
+                param=key,
+            )
+    elif key not in IGNORED_KEYS and key != "rope_parameters":
+        # The comparison takes time that grows with the square of the length.
+        near = difflib.get_close_matches(str(key)[:80], [*known, *FIXED_KEYS, *REPORTED_KEYS, *IGNORED_KEYS], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ConfigError(f"{source}: unknown key {_shown(key)}{hint}", param=str(key)[:80])
+    return None
+
+
+def _rope_parameters(value: Any, source: str, theta: Any) -> dict[str, Any]:
+    """The theta in ``rope_parameters``, if there is one; ``theta`` is the one outside."""
     if not isinstance(value, Mapping) or value.get("rope_type", "default") != "default":
         raise ConfigError(
-            f"{source}: rope_parameters is {value!r}; expected an object with rope_type 'default'",
+            f"{source}: rope_parameters is {_shown(value)}; expected an object with rope_type 'default'",
             param="rope_parameters",
         )
     unknown = value.keys() - {"rope_type", "rope_theta"}
     if unknown:
-        raise ConfigError(f"{source}: unknown key 'rope_parameters.{min(unknown)}'", param="rope_parameters")
-    return {"rope_theta": value["rope_theta"]} if value.get("rope_theta") is not None else {}
+        raise ConfigError(
+            f"{source}: unknown key {_shown(min(unknown, key=str))} in rope_parameters; expected rope_type and rope_theta",
+            param="rope_parameters",
+        )
+    inner = value.get("rope_theta")
+    if inner is not None and theta is not None and inner != theta:
+        raise ConfigError(
+            f"{source}: rope_theta is {_shown(theta)}, but {_shown(inner)} in rope_parameters; expected one value",
+            param="rope_theta",
+        )
+    return {} if inner is None else {"rope_theta": inner}
 
 
 def _default_head_dim(picked: Mapping[str, Any], source: str) -> int:
     width, heads = picked["hidden_size"], picked["num_attention_heads"]
     if not isinstance(width, int) or not isinstance(heads, int) or heads < 1 or width % heads:
         raise ConfigError(
-            f"{source}: head_dim is missing and hidden_size {width!r} is not a multiple of "
-            f"num_attention_heads {heads!r}",
+            f"{source}: head_dim is missing and hidden_size {_shown(width)} is not a multiple of "
+            f"num_attention_heads {_shown(heads)}",
             param="head_dim",
         )
     return width // heads
 
 
 def _check_number(name: str, value: object, *, whole: bool) -> None:
+    told = f"{name} is {_shown(value)}"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise ConfigError(f"{name} is {value!r}; expected {'an integer' if whole else 'a number'}", param=name)
+        raise ConfigError(f"{told}; expected {'an integer' if whole else 'a number'}", param=name)
     if not -sys.float_info.max <= value <= sys.float_info.max:
-        raise ConfigError(f"{name} is {value!r}; expected a finite number", param=name)
+        raise ConfigError(f"{told}; expected a finite number", param=name)
     least = 0 if name in {"bos_token_id", "eos_token_id", "router_aux_loss_coef"} else 1 if whole else 1e-30
     if value < least:
-        raise ConfigError(f"{name} is {value!r}; expected at least {least}", param=name)
-    if whole and value > 2**31 - 1:
-        raise ConfigError(f"{name} is {value!r}; expected at most {2**31 - 1}", param=name)
+        raise ConfigError(f"{told}; expected at least {least}", param=name)
+    most = MOST.get(name, 2**31 - 1)
+    if whole and value > most:
+        raise ConfigError(f"{told}; expected at most {most}", param=name)
+
+
+def _shown(value: object) -> str:
+    """A value in a message; Python refuses to print very long integers and very deep lists."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} too large to show"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def read_config(path: Path) -> MixtralConfig:

@@ -62,7 +62,9 @@ def test_table_on_standard_output_and_json_in_a_file(folder: Path, tmp_path: Pat
     assert lines[0].startswith("| suite | n |")
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| sums/2-op", "| calls/values"]
     assert captured.err.splitlines() == ["sums/2-op: 2 of 2 answered", "calls/values: 2 of 2 answered"]
-    rows = json.loads(path.read_text())
+    made = json.loads(path.read_text())
+    assert (made["split"], made["seed"]) == ("validation", 1)
+    rows = made["scores"]
     assert [(row["suite"], row["n"]) for row in rows] == [("sums/2-op", 2), ("calls/values", 2)]
 
 

@@ -94,5 +94,7 @@ def test_table_and_json() -> None:
         "|---|---:|---:|---:|---:|---|",
         "| sums/1-op | 200 | 75.0 | 68.6 - 80.5 | 1.5 | majority |",
     ]
-    (row,) = json.loads(to_json(rows))
+    made = json.loads(to_json(rows, split="test", seed=7))
+    assert (made["split"], made["seed"], made["decoding"]) == ("test", 7, "greedy")
+    (row,) = made["scores"]
     assert SuiteScore(**row) == SuiteScore("sums/1-op", 200, 150, 0.685659, 0.804918, "majority", 3)

@@ -7,11 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtral.ops import head_cross_entropy
+from mixtral.ops import head_cross_entropy, losses
 
 D, R = 9, 33
 # One chunk, its exact end, one token more, two and a bit.
-TOKENS = [1, 70, 2048, 2049, 4096, 4100]
+TOKENS = [1, 70, 128, 129, 256, 300]
+
+
+@pytest.fixture(autouse=True)
+def _chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 128 * R)
 
 
 def case(tokens: int, rows: int = R) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,3 +113,21 @@ def test_extreme_logits_stay_finite() -> None:
     loss.backward()
     assert hidden.grad is not None
     assert hidden.grad.tolist() == [[0.0, 0.0], [-0.5, 0.5]]
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, labels, weights = case(20)
+    wanted, _ = head_cross_entropy(hidden, head, labels, weights)
+    monkeypatch.setattr(torch.Tensor, "scatter_add_", None)  # the gradient's first step
+    with torch.no_grad():
+        assert torch.equal(head_cross_entropy(hidden, head, labels, weights)[0], wanted)
+    with pytest.raises(TypeError):
+        head_cross_entropy(hidden, head, labels, weights)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, head, labels, weights = case(20)
+    loss, _ = head_cross_entropy(hidden, head, labels, weights)
+    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

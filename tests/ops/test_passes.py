@@ -92,3 +92,10 @@ def test_a_frozen_weight_costs_no_gradient() -> None:
 def test_an_empty_batch_passes() -> None:
     assert passes.rms_norm(random(0, 8), random(8), 1e-5).shape == (0, 8)
     assert passes.rope(random(0, 2, 8), *angles(0, 8)).shape == (0, 2, 8)
+
+
+def test_a_second_derivative_of_the_norm_is_refused() -> None:
+    x = random(6, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(passes.rms_norm(x, random(8), 1e-5).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -53,6 +53,6 @@ def run(
             output.write(to_markdown(scores))
     if json_path is not None:
         try:
-            json_path.write_text(to_json(scores), encoding="utf-8")
+            json_path.write_text(to_json(scores, split=split, seed=seed), encoding="utf-8")
         except OSError as problem:  # not every one of them names the file
             raise ConfigError(f"{json_path}: cannot be written ({problem.strerror})", param="json") from None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mixtral import __version__
 from mixtral.desk.source import Document, Split
 from mixtral.desk.verify import check
 from mixtral.desk.write import SKILLS, suite_documents
@@ -96,10 +97,11 @@ def to_markdown(scores: Sequence[SuiteScore]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_json(scores: Sequence[SuiteScore]) -> str:
-    """The scores as a JSON list of objects with the fields of ``SuiteScore``; shares rounded to 6 places."""
+def to_json(scores: Sequence[SuiteScore], *, split: Split, seed: int) -> str:
+    """What was asked and the scores, as a JSON object; ``scores`` have the fields of ``SuiteScore``, shares rounded."""
     rows = [{**asdict(row), "low": round(row.low, 6), "high": round(row.high, 6)} for row in scores]
-    return json.dumps(rows, indent=2) + "\n"
+    made = {"mixtral": __version__, "split": split, "seed": seed, "decoding": "greedy", "scores": rows}
+    return json.dumps(made, indent=2) + "\n"
 
 
 def _correct(documents: Sequence[Document], answers: Sequence[Answer]) -> int:

@@ -1,5 +1,6 @@
-"""Stateless arithmetic on tensors: ``reference`` specifies them, ``grouped`` and ``passes`` are the same at speed."""
+"""Stateless arithmetic on tensors: ``reference`` specifies them, the other files are the same at speed."""
 
+from mixtral.ops.causal import causal_attention
 from mixtral.ops.grouped import experts
 from mixtral.ops.losses import head_cross_entropy
 from mixtral.ops.passes import rms_norm, rope
@@ -9,6 +10,7 @@ from mixtral.ops.rows import gather_rows
 __all__ = [
     "Route",
     "attention",
+    "causal_attention",
     "experts",
     "gather_rows",
     "head_cross_entropy",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mixtral.ops.reference import swiglu
 
@@ -78,6 +79,7 @@ class _Experts(torch.autograd.Function):
         return _combine(out_ND, weights_TA, plan)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         sorted_ND, products_NF, out_ND, weights_TA, gate_up_E2FD, down_EDF = ctx.saved_tensors
         plan: Assignment = ctx.plan

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["head_cross_entropy"]
 
@@ -17,9 +18,15 @@ _CHUNK_ELEMENTS = 1 << 21
 class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_RD: Tensor, labels_T: Tensor, weights_T: Tensor, copies_of_last: int
+        ctx: Any,
+        hidden_TD: Tensor,
+        head_RD: Tensor,
+        labels_T: Tensor,
+        weights_T: Tensor,
+        copies_of_last: int,
+        train: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_head = ctx.needs_input_grad[:2]
+        needs_hidden, needs_head = (train and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_head = torch.zeros(head_RD.shape, dtype=torch.float32, device=head_RD.device) if needs_head else None
         logprobs_T = torch.empty(labels_T.shape, dtype=torch.float32, device=hidden_TD.device)
@@ -44,12 +51,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return -(logprobs_T * weights_T).sum(), logprobs_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         scale = grads[0]
         return (
             None if grad_hidden is None else (grad_hidden * scale).to(grad_hidden.dtype),
             None if grad_head is None else grad_head * scale,
+            None,
             None,
             None,
             None,
@@ -68,6 +77,6 @@ def head_cross_entropy(
         weights_T: float32 weight of every token, already divided by the step's total; 0 leaves a token out.
     """
     loss, logprobs_T = _HeadCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, head_RD, labels_T, weights_T, copies_of_last
+        hidden_TD, head_RD, labels_T, weights_T, copies_of_last, torch.is_grad_enabled()
     )
     return loss, logprobs_T

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["rms_norm", "rope"]
 
@@ -21,6 +22,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed_TD * weight_D
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normed_TD, scale_T1, weight_D = ctx.saved_tensors
         grad_TD = grads[0]

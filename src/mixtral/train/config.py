@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from mixtral.errors import ConfigError
 __all__ = ["DataConfig", "OptimConfig", "PretrainConfig", "RunConfig", "read_pretrain_config"]
 
 C = TypeVar("C")
+_MOST = 2**31 - 1  # as for the sizes of the model
+_SEEDS = (-(2**63), 2**63 - 1)  # of a TOML integer, and within what torch takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, documents_per_step=1, micro_batches=1, trained_rows=1, sample_documents=1, prompt_weight=0.0)
-        _at_least(self, unknown_per_mille=0)
+        _at_least(self, seed=_SEEDS[0], unknown_per_mille=0)
+        _at_most(self, documents_per_step=_MOST, micro_batches=_MOST, trained_rows=_MOST, sample_documents=_MOST)
+        _at_most(self, seed=_SEEDS[1], unknown_per_mille=1000)
+        for skill, share in self.mixture.items():
+            if share > 1000:
+                raise ConfigError(f"mixture: {skill} is {_shown(share)}; expected at most 1000", param="mixture")
         if self.documents_per_step % self.micro_batches:
             raise ConfigError(
                 f"documents_per_step is {self.documents_per_step}; expected a multiple of micro_batches "
@@ -80,7 +88,8 @@ class RunConfig:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, save_every=1, keep_last=1, threads=1)
+        _at_least(self, steps=1, seed=_SEEDS[0], save_every=1, keep_last=1, threads=1)
+        _at_most(self, steps=_MOST, seed=_SEEDS[1], save_every=_MOST, keep_last=_MOST, threads=1024)
         if self.dtype not in {"bfloat16", "float32"}:
             raise ConfigError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'", param="dtype")
 
@@ -94,6 +103,14 @@ class PretrainConfig:
     optim: OptimConfig
     run: RunConfig
 
+    def __post_init__(self) -> None:
+        if self.model.num_experts_per_tok < 2:
+            raise ConfigError(
+                f"num_experts_per_tok is {self.model.num_experts_per_tok}; expected at least 2: the weight of a single "
+                "expert is a softmax over one logit, always 1, so the cross entropy would not train the router",
+                param="num_experts_per_tok",
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""
         return dataclasses.asdict(self)
@@ -103,6 +120,7 @@ class PretrainConfig:
         """Read the four tables; ``model`` is a table of sizes or ``{preset = "tiny"}`` with some of them changed."""
         known = [field.name for field in dataclasses.fields(cls)]
         _refuse_unknown(values, known, source)
+        _refuse_huge(values, source)
         for name in known:
             if not isinstance(values.get(name, {}), Mapping):
                 raise ConfigError(f"{source}: {name} is {values[name]!r}; expected a table", param=name)
@@ -110,12 +128,14 @@ class PretrainConfig:
         if "preset" in sizes:
             base = dataclasses.asdict(preset(str(sizes.pop("preset"))))
             sizes = base | sizes
-        return cls(
-            model=MixtralConfig.from_dict(sizes, source=f"{source}: model"),
-            data=_read(DataConfig, values.get("data", {}), f"{source}: data"),
-            optim=_read(OptimConfig, values.get("optim", {}), f"{source}: optim"),
-            run=_read(RunConfig, values.get("run", {}), f"{source}: run"),
-        )
+        model = MixtralConfig.from_dict(sizes, source=f"{source}: model")
+        data = _read(DataConfig, values.get("data", {}), f"{source}: data")
+        optim = _read(OptimConfig, values.get("optim", {}), f"{source}: optim")
+        run = _read(RunConfig, values.get("run", {}), f"{source}: run")
+        try:
+            return cls(model=model, data=data, optim=optim, run=run)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}", param=error.param) from None
 
 
 def read_pretrain_config(path: Path) -> PretrainConfig:
@@ -130,7 +150,7 @@ def read_pretrain_config(path: Path) -> PretrainConfig:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of a number with more digits than Python reads
         raise ConfigError(f"{path}: not TOML ({error})") from None
     return PretrainConfig.from_dict(values, source=path.name)
 
@@ -169,10 +189,37 @@ def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) ->
             raise ConfigError(f"{source}: unknown key {key!r}{hint}", param=key)
 
 
+def _refuse_huge(values: Mapping[str, Any], source: str) -> None:
+    """TOML has integers of 64 bits; much longer ones fit neither a float nor a message."""
+    queue: list[tuple[str, Any]] = list(values.items())
+    while queue:
+        name, value = queue.pop()
+        if isinstance(value, Mapping):
+            queue += value.items()
+        elif isinstance(value, list):
+            queue += [(name, item) for item in value]
+        elif isinstance(value, int) and not _SEEDS[0] <= value <= _SEEDS[1]:
+            raise ConfigError(f"{source}: {name} is {_shown(value)}; expected at most 64 bits", param=name)
+
+
 def _at_least(config: object, **least: float) -> None:
     for name, low in least.items():
         value = getattr(config, name)
-        # Not `value < low`, which is false for nan.
-        if not low <= value < math.inf:
+        # Not `value < low`, which is false for nan; not `value < inf`, which holds for integers that no float can hold.
+        if not low <= value <= sys.float_info.max:
             expected = f"at least {low}" if value < low else f"a finite number, at least {low}"
-            raise ConfigError(f"{name} is {value}; expected {expected}", param=name)
+            raise ConfigError(f"{name} is {_shown(value)}; expected {expected}", param=name)
+
+
+def _at_most(config: object, **most: int) -> None:
+    for name, high in most.items():
+        value = getattr(config, name)
+        if value > high:
+            raise ConfigError(f"{name} is {_shown(value)}; expected at most {high}", param=name)
+
+
+def _shown(value: float) -> str:
+    """A number for a message."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)

@@ -72,9 +72,16 @@ class Optimizer:
             self._grads[name] = self._grads[name].add_(grad) if name in self._grads else grad
             parameter.grad = None
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients that were added up for a step that is not to be."""
+        self._grads = {}
+
     @torch.no_grad()
     def step(self, rate: float) -> float:
-        """Update the masters from the summed gradients and the model from the masters; the norm before clipping."""
+        """Update the masters from the summed gradients and the model from the masters; the norm before clipping.
+
+        A norm that is not finite changes nothing. The gradients are dropped in any case.
+        """
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in self._grads.values()))
         scale = min(1.0, self.config.clip_norm / (norm + 1e-12)) if math.isfinite(norm) else 0.0
         if scale:
@@ -85,7 +92,7 @@ class Optimizer:
                 if not name.endswith("norm.weight"):
                     master.mul_(1 - rate * self.config.weight_decay)
                 master.sub_(update, alpha=rate)
-        self._grads = {}
+        self.drop_gradients()
         self.refresh()
         return norm
 

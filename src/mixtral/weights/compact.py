@@ -10,13 +10,10 @@ A folder holds ``model.safetensors``, ``config.json`` and ``manifest.json`` (siz
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +21,7 @@ from torch import Tensor
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
 from mixtral.model.mixtral import Mixtral
-from mixtral.weights.commit import Commit
+from mixtral.weights.commit import Commit, fingerprint
 from mixtral.weights.hf import (
     DTYPES,
     SINGLE_NAME,
@@ -33,14 +30,15 @@ from mixtral.weights.hf import (
     Record,
     ShardReader,
     inside,
+    parse_json,
     read_header,
     record,
     write_shard,
 )
 from mixtral.weights.int8 import GROUP, decode, encode
-from mixtral.weights.load import checked_dtype, place, read_folder_config
+from mixtral.weights.load import checked_dtype, place, read_folder_config, unchanged
 from mixtral.weights.names import EMBEDDING, HEAD, is_router, parameter_shapes
-from mixtral.weights.save import checked_parameters, to_json
+from mixtral.weights.save import checked_parameters, to_json, weight_files
 from mixtral.weights.vocab import check_rows, expand_rows, share_rows
 
 __all__ = ["MANIFEST_NAME", "Compact", "is_compact", "load_compact", "save_compact"]
@@ -76,7 +74,9 @@ def save_compact(
     respell: Mapping[int, tuple[int, ...]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write or replace the three files of the format in ``folder``; other files stay. ``metadata`` goes in the header.
+    """Write the three files of the format in ``folder``, complete or not at all. ``metadata`` goes in the header.
+
+    The files of another checkpoint there are replaced, whatever its format; all other files stay.
 
     Raises:
         CheckpointError: ids that share a row differ in the model, a size is no multiple of 32, or writing fails.
@@ -90,10 +90,9 @@ def save_compact(
         with Commit(folder) as commit:
             weights = commit.path(SINGLE_NAME)
             write_shard(weights, records, {**metadata, "format": "pt"})
-            manifest = {"sha256": _sha256(weights), "size": weights.stat().st_size}
-            commit.path(MANIFEST_NAME).write_text(to_json(manifest), encoding="utf-8")
+            commit.path(MANIFEST_NAME).write_text(to_json(fingerprint(weights)), encoding="utf-8")
             commit.path("config.json").write_text(to_json(model.config.to_dict()), encoding="utf-8")
-            commit.finish()
+            commit.finish(remove=weight_files(folder))
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
@@ -107,21 +106,22 @@ def load_compact(folder: Path, *, device: torch.device | str, dtype: torch.dtype
     """
     folder = Path(folder)
     dtype = checked_dtype(dtype or torch.float32)
-    config = read_folder_config(folder)
-    path = inside(folder, SINGLE_NAME)
-    _check_manifest(folder, path)
-    header = read_header(path)
-    with ShardReader() as reader, torch.no_grad():
-        row_of_id = _small(header, reader, _ROWS)
-        rows = check_rows(row_of_id, config.vocab_size)
-        _check_entries(config, header, rows)
-        model = Mixtral(config, device="meta", dtype=dtype)
-        for name in parameter_shapes(config):
-            value = _read(header, reader, name)
-            if name in (EMBEDDING, HEAD):
-                value = expand_rows(value, row_of_id)
-            place(model, name, value.to(device=device, dtype=model.get_parameter(name).dtype))
-        respell = _read_respell(header, reader, config.vocab_size)
+    with unchanged(folder):
+        config = read_folder_config(folder)
+        path = inside(folder, SINGLE_NAME)
+        _check_manifest(folder, path)
+        header = read_header(path)
+        with ShardReader() as reader, torch.no_grad():
+            row_of_id = _small(header, reader, _ROWS)
+            rows = check_rows(row_of_id, config.vocab_size)
+            _check_entries(config, header, rows)
+            model = Mixtral(config, device="meta", dtype=dtype)
+            for name in parameter_shapes(config):
+                value = _read(header, reader, name)
+                if name in (EMBEDDING, HEAD):
+                    value = expand_rows(value, row_of_id)
+                place(model, name, value.to(device=device, dtype=model.get_parameter(name).dtype))
+            respell = _read_respell(header, reader, config.vocab_size)
     return Compact(model, respell, row_of_id, {k: v for k, v in header.metadata.items() if k != "format"})
 
 
@@ -155,25 +155,20 @@ def _check_respell(respell: Mapping[int, tuple[int, ...]], vocab_size: int) -> N
             raise CheckpointError(f"respell: {i} -> {spelled!r} is empty or outside the vocabulary of {vocab_size}")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_manifest(folder: Path, path: Path) -> None:
-    manifest: Any
+    source = inside(folder, MANIFEST_NAME)
     try:
-        manifest = json.loads(inside(folder, MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{MANIFEST_NAME}: not JSON") from None
-    if not isinstance(manifest, dict) or manifest.keys() != {"sha256", "size"}:
+        manifest = parse_json(source.read_bytes(), MANIFEST_NAME)
+        found = fingerprint(path)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or source}: cannot be read ({error.strerror})") from None
+    if manifest.keys() != found.keys():
         raise CheckpointError(f"{MANIFEST_NAME}: expected an object with sha256 and size")
-    size = path.stat().st_size
-    if size != manifest["size"]:
+    if found["size"] != manifest["size"]:
         raise CheckpointError(
-            f"{SINGLE_NAME}: {size:,} bytes, but {MANIFEST_NAME} says {manifest['size']!r}; install again"
+            f"{SINGLE_NAME}: {found['size']:,} bytes, but {MANIFEST_NAME} says {manifest['size']!r:.80}; install again"
         )
-    if _sha256(path) != manifest["sha256"]:
+    if found["sha256"] != manifest["sha256"]:
         raise CheckpointError(
             f"{SINGLE_NAME}: sha256 is not the one in {MANIFEST_NAME}: the file is damaged; install again"
         )

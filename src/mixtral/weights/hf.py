@@ -33,6 +33,7 @@ __all__ = [
     "Record",
     "ShardReader",
     "inside",
+    "parse_json",
     "read_checkpoint",
     "read_header",
     "record",
@@ -126,7 +127,7 @@ def read_checkpoint(folder: Path) -> dict[str, Entry]:
 def _read_index(path: Path) -> dict[str, str]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{INDEX_NAME}: larger than {MAX_JSON_BYTES:,} bytes; this is no index")
-    values = _parse_json(path.read_bytes(), INDEX_NAME)
+    values = parse_json(path.read_bytes(), INDEX_NAME)
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME}: expected an object 'weight_map' of tensor name -> shard name")
@@ -186,7 +187,7 @@ def read_header(path: Path, *, label: str | None = None) -> Header:
                 )
             if count > MAX_JSON_BYTES:
                 raise CheckpointError(f"{label}: header of {count:,} bytes; at most {MAX_JSON_BYTES:,} are read")
-            values = _parse_json(file.read(count), label)
+            values = parse_json(file.read(count), label)
     except OSError as error:
         raise CheckpointError(f"{label}: cannot be read ({error.strerror})") from None
     metadata = values.pop("__metadata__", {})
@@ -235,7 +236,13 @@ def _check_extent(entries: Iterable[Entry], data_start: int, size: int, label: s
         raise CheckpointError(f"{label}: {size - position:,} bytes after the last tensor; the file is damaged")
 
 
-def _parse_json(data: bytes, label: str) -> dict[str, Any]:
+def parse_json(data: bytes, label: str) -> dict[str, Any]:
+    """The JSON object in these bytes.
+
+    Raises:
+        CheckpointError: it is not JSON in UTF-8, not an object, or a name appears twice.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) != len(pairs):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 from mixtral.config import MixtralConfig, read_config
 from mixtral.errors import CheckpointError, ConfigError
 from mixtral.model.mixtral import Mixtral
+from mixtral.weights.commit import interrupted
 from mixtral.weights.hf import DTYPES, Entry, ShardReader, inside, read_checkpoint
 from mixtral.weights.names import Piece, Style, detect_style, highest, is_router, pieces, why_refused
 
-__all__ = ["FLOAT_DTYPES", "checked_dtype", "load_model", "place", "read_folder_config"]
+__all__ = ["FLOAT_DTYPES", "checked_dtype", "load_model", "place", "read_folder_config", "unchanged"]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 LISTED = 20
@@ -31,21 +33,47 @@ def load_model(folder: Path, *, device: torch.device | str, dtype: torch.dtype |
     folder = Path(folder)
     if dtype is not None:
         checked_dtype(dtype)
-    config = read_folder_config(folder)
-    entries = read_checkpoint(folder)
-    style = detect_style(entries)
-    _check_sizes(config, entries, style)
-    plan = pieces(config, style)
-    _check_tensors(plan, entries)
-    model = Mixtral(config, device="meta", dtype=dtype or _own_dtype(plan, entries))
-    _fill(model, plan, entries, torch.device(device))
+    with unchanged(folder):
+        config = read_folder_config(folder)
+        entries = read_checkpoint(folder)
+        style = detect_style(entries)
+        _check_sizes(config, entries, style)
+        plan = pieces(config, style)
+        _check_tensors(plan, entries)
+        model = Mixtral(config, device="meta", dtype=dtype or _own_dtype(plan, entries))
+        _fill(model, plan, entries, torch.device(device))
     return model
 
 
 def read_folder_config(folder: Path) -> MixtralConfig:
     """The strict config of a checkpoint folder; a ``config.json`` that links out of the folder is refused."""
     path = folder / "config.json"
-    return read_config(inside(folder, "config.json") if path.exists() else path)
+    told = interrupted(folder, path.name)
+    if told:
+        raise ConfigError(told)
+    return read_config(inside(folder, path.name) if path.exists() else path)
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """While the files of a folder are read: refuse the result if a save replaced them meanwhile.
+
+    Raises:
+        CheckpointError: what was read may be half of one model and half of another.
+    """
+    before = _stamp(folder / "config.json")
+    yield
+    if _stamp(folder / "config.json") != before:
+        raise CheckpointError(f"{folder}: was replaced while it was read; load it again")
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Differs after every save: it renames this file before it touches any other, which sets the change time."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_dev, state.st_ino, state.st_mtime_ns, state.st_ctime_ns
 
 
 def checked_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from mixtral.weights.commit import Commit
 from mixtral.weights.hf import INDEX_NAME, SINGLE_NAME, Record, write_shard
 from mixtral.weights.names import Piece, Style, is_router, parameter_shapes, pieces
 
-__all__ = ["checked_parameters", "save_model", "to_json"]
+__all__ = ["checked_parameters", "save_model", "to_json", "weight_files"]
 
 
 def save_model(
@@ -63,7 +63,6 @@ def _write(model: Mixtral, folder: Path, style: Style, shard_size_bytes: int) ->
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [SINGLE_NAME]
-    old = [path.name for path in folder.glob("model-*-of-*.safetensors")] if folder.is_dir() else []
     with Commit(folder) as commit:
         for name, shard in zip(names, shards, strict=True):
             write_shard(commit.path(name), shard, {"format": "pt"})
@@ -73,7 +72,12 @@ def _write(model: Mixtral, folder: Path, style: Style, shard_size_bytes: int) ->
             commit.path(INDEX_NAME).write_text(to_json({"metadata": sizes, "weight_map": weight_map}), encoding="utf-8")
         config = {**model.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
         commit.path("config.json").write_text(to_json(config), encoding="utf-8")
-        commit.finish(remove=[*old, SINGLE_NAME, INDEX_NAME])
+        commit.finish(remove=weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files of a folder that hold weights or tell where they are, in any layout that is written here."""
+    return [SINGLE_NAME, INDEX_NAME, *(path.name for path in folder.glob("model-*-of-*.safetensors"))]
 
 
 def checked_parameters(model: Mixtral) -> dict[str, Tensor]:
