@@ -183,7 +183,8 @@ def _rope_parameters(value: Any, source: str, theta: Any) -> dict[str, Any]:
     unknown = value.keys() - {"rope_type", "rope_theta"}
     if unknown:
         raise ConfigError(
-            f"{source}: unknown key {_shown(min(unknown, key=str))} in rope_parameters; expected rope_type and rope_theta",
+            f"{source}: unknown key {_shown(min(unknown, key=str))} in rope_parameters; "
+            "expected rope_type and rope_theta",
             param="rope_parameters",
         )
     inner = value.get("rope_theta")

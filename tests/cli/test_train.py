@@ -150,6 +150,14 @@ def test_a_signal_saves_and_the_same_command_resumes(
     assert [name for name, value in unbroken[1].items() if not torch.equal(value, resumed[1][name])] == []
 
 
+def test_two_commands_do_not_train_in_one_folder(config: Path, tmp_path: Path, capsys: Capture) -> None:
+    with checkpoint.exclusive(tmp_path):
+        assert main(["train", "pretrain", str(config), "--out", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"mixtral: error: {tmp_path}: another process is training here; ")
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+
+
 def test_a_second_signal_is_not_kept_back() -> None:
     with train.Stop.on_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtral.ops import head_cross_entropy, losses
+from mixtral.ops import head_cross_entropy, losses, reference
 
 D, R = 9, 33
 # One chunk, its exact end, one token more, two and a bit.
@@ -131,3 +131,14 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("copies", [1, 700])
+def test_equals_its_specification(copies: int) -> None:
+    hidden, head, labels, weights = case(300)
+    results = []
+    for operation in (head_cross_entropy, reference.head_cross_entropy):
+        loss, logprobs = operation(hidden, head, labels, weights, copies_of_last=copies)
+        results.append([loss.detach(), logprobs.detach(), *torch.autograd.grad(loss, (hidden, head))])
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-6, rtol=1e-4)

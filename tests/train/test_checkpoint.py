@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -182,3 +188,127 @@ def test_a_full_disk_keeps_the_old_state_and_leaves_nothing(
         save(tmp_path, 2, keep_last=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert newest(tmp_path) == 1
+
+
+def test_steps_are_in_order_also_beyond_eight_digits(tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):
+        save(tmp_path, step, keep_last=1)
+    assert newest(tmp_path) == 100_000_000
+
+
+def failing(problem: Exception, only: str) -> Callable[..., Any]:
+    """In the place of ``_fingerprint``: the disk cannot read one state."""
+    right = checkpoint._fingerprint
+
+    def read(path: Path) -> dict[str, Any]:
+        if path.parent.name == only:
+            raise problem
+        return right(path)
+
+    return read
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_a_state_that_cannot_be_read_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_fingerprint", failing(OSError(number, os.strerror(number)), "step-00000002"))
+        with pytest.raises(TrainingError, match=f"cannot be read: .*{os.strerror(number)}; nothing was changed"):
+            checkpoint.load_latest(tmp_path)
+    assert newest(tmp_path) == 2
+
+
+@pytest.mark.parametrize("problem", [OSError(errno.EIO, "Input/output error"), SafetensorError("Input/output error")])
+def test_a_disk_that_fails_between_check_and_reading_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    def fail(path: Path) -> dict[str, Tensor]:
+        raise problem
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "load_file", fail)
+    with pytest.raises(TrainingError, match=r"cannot be read: .*Input/output error; nothing was changed"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(TrainingError, match=r"cannot be read: .*Permission denied"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_state_that_cannot_be_read_is_neither_counted_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    monkeypatch.setattr(checkpoint, "_fingerprint", failing(OSError(errno.EIO, "broken"), "step-00000002"))
+    save(tmp_path, 4, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_only_one_trains_in_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with checkpoint.exclusive(folder):
+        with (
+            pytest.raises(TrainingError, match=f"{folder}: another process is training here; wait"),
+            checkpoint.exclusive(folder),
+        ):
+            pytest.fail("two at once")
+        with checkpoint.exclusive(tmp_path / "other"):
+            pass
+    with checkpoint.exclusive(folder):
+        pass
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "ab")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(TrainingError, match="another process is training here"), checkpoint.exclusive(tmp_path):
+            pytest.fail("two at once")
+        save(tmp_path, 1)
+        assert newest(tmp_path) == 1  # who only reads needs no lock
+        other.kill()
+    with checkpoint.exclusive(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with (
+        pytest.warns(UserWarning, match="cannot be locked .No locks available.; see to it"),
+        checkpoint.exclusive(tmp_path),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(TrainingError, match=r"file/run: cannot be written .Not a directory"),
+        checkpoint.exclusive(tmp_path / "file" / "run"),
+    ):
+        pytest.fail("locked")

@@ -66,6 +66,15 @@ def test_json_gives_the_same_configuration_back(nano: Callable[..., PretrainConf
         ({"data": {"documents_per_step": 10, "micro_batches": 4}}, "documents_per_step", "multiple of micro_batches 4"),
         ({"data": {"mixture": {"sums": -1}}}, "mixture", "expected dict"),
         ({"data": {"mixture": {"sums": True}}}, "mixture", "expected dict"),
+        ({"data": {"mixture": {"sums": 1001}}}, "mixture", "mixture: sums is 1001; expected at most 1000"),
+        ({"data": {"unknown_per_mille": 1001}}, "unknown_per_mille", "is 1001; expected at most 1000"),
+        ({"run": {"steps": 2**31}}, "steps", "x.toml: run: steps is 2147483648; expected at most 2147483647"),
+        ({"run": {"steps": 5, "threads": 2**40}}, "threads", "threads is 1099511627776; expected at most 1024"),
+        (
+            {"model": {"preset": "tiny", "num_experts_per_tok": 1}},
+            "num_experts_per_tok",
+            "x.toml: num_experts_per_tok is 1; expected at least 2: .* softmax over one logit, always 1",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_named(tables: dict[str, Any], param: str, says: str) -> None:
@@ -85,6 +94,47 @@ def test_numbers_from_python_must_be_finite() -> None:
                 kind(**{name: -float("inf")})
     with pytest.raises(ConfigError, match="steps is nan; expected a finite number, at least 1"):
         RunConfig(steps=float("nan"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), 2**70, 1 << 20_000], ids=["400", "-400", "70", "20000"])
+@pytest.mark.parametrize("table", ["model", "data", "optim", "run"])
+def test_huge_integers_are_refused_by_name(table: str, value: int, tmp_path: Path) -> None:
+    sizes = preset("tiny").to_dict()
+    kinds = {"model": type(preset("tiny")), "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+    names = [f.name for f in dataclasses.fields(kinds[table]) if f.type in {"int", "float"}]
+    path = tmp_path / "run.toml"
+    for name in names:
+        tables: dict[str, dict[str, Any]] = {"model": dict(sizes), "run": {"steps": 5}}
+        tables[table] = tables.get(table, {}) | {name: value}
+        with pytest.raises(
+            ConfigError, match=f"x.toml: {name} is an integer of .* bits; expected at most 64"
+        ) as caught:
+            PretrainConfig.from_dict(tables, source="x.toml")
+        assert caught.value.param == name
+    path.write_text(f"[{table}]\n{names[0]} = {hex(abs(value))}\n")
+    with pytest.raises(ConfigError, match=f"run.toml: {names[0]} is an integer of"):
+        read_pretrain_config(path)
+
+
+def test_a_number_longer_than_python_reads_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f"[run]\nsteps = {'9' * 5000}\n")
+    with pytest.raises(ConfigError, match=r"run.toml: not TOML"):
+        read_pretrain_config(path)
+
+
+def test_huge_integers_from_python_are_refused_too() -> None:
+    for kind, name in ((RunConfig, "steps"), (RunConfig, "seed"), (DataConfig, "seed"), (OptimConfig, "learning_rate")):
+        values: dict[str, Any] = {"steps": 5} if kind is RunConfig else {}
+        for value in (1 << 20_000, -(1 << 20_000)):
+            with pytest.raises(ConfigError, match=f"{name} is an integer of 20001 bits; expected") as caught:
+                kind(**(values | {name: value}))
+            assert caught.value.param == name
+
+
+def test_negative_seeds_are_seeds() -> None:
+    config = from_tables(run={"steps": 5, "seed": -(2**63)}, data={"seed": 2**63 - 1})
+    assert (config.run.seed, config.data.seed) == (-(2**63), 2**63 - 1)
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:

@@ -104,7 +104,7 @@ def test_gate_and_up_are_orthogonalised_apart() -> None:
     assert not torch.equal(one[:, 5:], other[:, 5:])
 
 
-def test_an_expert_without_tokens_only_decays() -> None:
+def test_an_expert_that_never_had_tokens_only_decays() -> None:
     net = Net(1)
     before = net.gate_up_proj.detach().clone()
     give_gradients(net, 2)
@@ -117,6 +117,36 @@ def test_an_expert_without_tokens_only_decays() -> None:
     torch.testing.assert_close(after[1], before[1] * (1 - 0.1 * 0.1))
     assert torch.isfinite(after).all()
     assert not torch.allclose(after[0], before[0] * 0.99, atol=1e-3)
+
+
+def test_momentum_moves_an_expert_without_tokens_by_a_full_step_until_it_has_faded() -> None:
+    net = Net(1)
+    optimizer = Optimizer(net, config(weight_decay=0.1))
+    train(optimizer, net, range(1))
+    moved = []
+    for _ in range(700):
+        before = net.gate_up_proj.detach()[1].clone()
+        give_gradients(net, 2)
+        assert net.gate_up_proj.grad is not None
+        net.gate_up_proj.grad[1] = 0
+        optimizer.accumulate()
+        optimizer.step(0.1)
+        moved.append(float((net.gate_up_proj.detach()[1] - before * 0.99).norm()))
+    full = 0.1 * 0.2 * math.sqrt(6) * math.sqrt(10)  # gate and up: five singular values near 1 each
+    assert moved[:250] == pytest.approx([full] * 250, rel=0.3)
+    assert moved[-1] < 1e-3 * full
+
+
+def test_dropped_gradients_do_not_reach_the_next_step() -> None:
+    net, other = Net(1), Net(1)
+    dropping, plain = Optimizer(net, config()), Optimizer(other, config())
+    give_gradients(net, 5)
+    dropping.accumulate()
+    dropping.drop_gradients()
+    train(dropping, net, range(1))
+    train(plain, other, range(1))
+    expected = plain.state()
+    assert all(torch.equal(value, expected[name]) for name, value in dropping.state().items())
 
 
 def test_gradients_add_up_and_are_dropped_from_the_model() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,13 +191,13 @@ def test_a_log_is_trimmed_to_whole_records_up_to_a_step(tmp_path: Path, content:
 
 
 def test_trimming_that_fails_keeps_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Path, content: bytes) -> int:
+    def fail(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
-    monkeypatch.setattr(Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(TrainingError, match=r"log.jsonl: cannot be .*No space left on device.*nothing was trained"):
         recipe._trim_log(path, 1)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
@@ -227,9 +229,10 @@ def test_a_run_goes_on_only_with_its_own_configuration(
         Pretraining(nano(**change), tmp_path)
 
 
-def test_a_run_may_be_made_longer(tmp_path: Path, nano: Nano) -> None:
+def test_a_run_may_be_made_longer_and_so_may_its_documents(tmp_path: Path, nano: Nano) -> None:
     pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
-    run = pretrain(nano(run={"steps": 2, "save_every": 50, "keep_last": 1}), tmp_path, on_step=ignore)
+    longer = nano(run={"steps": 2, "save_every": 50, "keep_last": 1}, model={"max_position_embeddings": 4096})
+    run = pretrain(longer, tmp_path, on_step=ignore)
     assert run.steps_done == 2
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
 
@@ -278,11 +281,103 @@ def test_a_step_that_is_not_finite_is_refused_and_the_last_state_stays(
         return (balance * math.nan if len(calls) == 3 else balance), z
 
     monkeypatch.setattr(recipe, "router_losses", poisoned)
-    with pytest.raises(TrainingError, match="step 3: the loss or its gradient is not finite; lower learning_rate"):
+    with pytest.raises(TrainingError, match=r"step 3: the loss is not finite \(.*balance nan.*\); lower learning_rate"):
         pretrain(nano(run={"save_every": 2}), tmp_path, on_step=ignore)
     step, tensors = saved(tmp_path)
     assert step == 2
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+@pytest.mark.parametrize("name", ["loss", "balance", "z"])
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = nano(data={"micro_batches": 2})
+    entropy, losses = recipe.head_cross_entropy, recipe.router_losses
+    plus = {"loss": 0.0, "balance": 0.0, "z": 0.0}  # a constant has no gradient
+
+    def poisoned_entropy(*args: Any, **options: Any) -> tuple[Tensor, Any]:
+        loss, rest = entropy(*args, **options)
+        return loss + plus["loss"], rest
+
+    def poisoned_losses(routes: tuple[Route, ...]) -> tuple[Tensor, Tensor]:
+        balance, z = losses(routes)
+        return balance + plus["balance"], z + plus["z"]
+
+    monkeypatch.setattr(recipe, "head_cross_entropy", poisoned_entropy)
+    monkeypatch.setattr(recipe, "router_losses", poisoned_losses)
+    run, plain = Pretraining(config, tmp_path / "a"), Pretraining(config, tmp_path / "b")
+    before = {key: value.clone() for key, value in run.optimizer.state().items()}
+    plus[name] = math.inf
+    with pytest.raises(TrainingError, match=rf"step 1: the loss is not finite \(.*{name} inf"):
+        run.step()
+    assert [key for key, value in run.optimizer.state().items() if not torch.equal(value, before[key])] == []
+    assert run.steps_done == 0
+    plus[name] = 0.0
+    run.step()
+    plain.step()
+    expected = plain.optimizer.state()
+    assert [key for key, value in run.optimizer.state().items() if not torch.equal(value, expected[key])] == []
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is(tmp_path: Path, nano: Nano) -> None:
+    run = Pretraining(nano(), tmp_path)
+    before = {key: value.clone() for key, value in run.optimizer.state().items()}
+    run.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(TrainingError, match="step 1: the gradient is not finite; lower learning_rate"):
+        run.step()
+    assert [key for key, value in run.optimizer.state().items() if not torch.equal(value, before[key])] == []
+
+
+def test_the_load_of_the_experts_is_that_of_the_whole_step(tmp_path: Path, nano: Nano) -> None:
+    whole, parts = (
+        Pretraining(nano(data={"unknown_per_mille": 0, "micro_batches": count}), tmp_path).step() for count in (1, 4)
+    )
+    assert whole.load_min < 1 < whole.load_max
+    assert (parts.load_min, parts.load_max) == pytest.approx((whole.load_min, whole.load_max), rel=1e-5)
+
+
+def test_a_document_longer_than_the_model_has_positions_is_refused(tmp_path: Path, nano: Nano) -> None:
+    run = Pretraining(nano(), tmp_path)
+    (part,) = run.data.micro_batches(0)
+    longest = max(part.lengths)
+    number = part.lengths.index(longest)
+    short = Pretraining(nano(model={"max_position_embeddings": longest - 1}), tmp_path)
+    says = f"document {number} of the train split has {longest} tokens to train; expected .*, {longest - 1}. Raise it"
+    with pytest.raises(TrainingError, match=says) as caught:
+        short.step()
+    assert (caught.value.param, short.steps_done) == ("max_position_embeddings", 0)
+    fitting = Pretraining(nano(model={"max_position_embeddings": longest}), tmp_path)
+    assert fitting.step().loss == run.step().loss
+    tiny = Pretraining(nano(model={"max_position_embeddings": 8}), tmp_path)
+    with pytest.raises(TrainingError, match="of the validation split has"):
+        tiny.validation_loss(batches=1)
+
+
+def test_other_versions_are_told_when_a_run_goes_on(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None
+    versions = recipe._versions()
+    assert versions.keys() == {"torch", "mixtral"}
+    assert versions.items() <= found[2].items()
+    Pretraining(nano(), tmp_path)  # a warning is an error here
+    monkeypatch.setattr(recipe, "__version__", "99.0")
+    with pytest.warns(
+        UserWarning, match=f"saved by mixtral {versions['mixtral']} .now 99.0.; going on may not"
+    ) as told:
+        Pretraining(nano(), tmp_path)
+    assert len(told) == 1
+
+
+def test_a_state_without_versions_is_silent(tmp_path: Path) -> None:
+    with warnings.catch_warnings(action="error"):
+        recipe._warn_of_versions(tmp_path, {"machine": "x"})
+        recipe._warn_of_versions(tmp_path, recipe._versions())
+    with pytest.warns(UserWarning, match=r"saved by torch 1\.0 \(now .*\) and mixtral 0\.0 \(now "):
+        recipe._warn_of_versions(tmp_path, {"torch": "1.0", "mixtral": "0.0"})
 
 
 def test_time_is_up_before_the_first_step(tmp_path: Path, nano: Nano) -> None:

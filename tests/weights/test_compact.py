@@ -136,7 +136,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no manifest": (lambda folder: (folder / MANIFEST_NAME).unlink(), "no such file"),
     "manifest not JSON": (_manifest("{"), "manifest.json: not JSON"),
-    "manifest a list": (_manifest("[]"), "expected an object"),
+    "manifest a list": (_manifest("[]"), "expected a JSON object, got list"),
     "manifest without size": (_manifest('{"sha256": ""}'), "expected an object"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no such file"),
     "no rows": (_rewrite(lambda tensors: tensors.pop("row_of_id")), "expected a tensor 'row_of_id'"),
@@ -164,6 +164,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "respell ids": (_set("respell.ids", [7, 40, 80]), "outside the vocabulary"),
     "respell pieces": (_set("respell.pieces", [33, 5, 9, 9, 9, -1]), "outside the vocabulary"),
     "respell of two dimensions": (_set("respell.pieces", [[33, 5, 9], [9, 9, 9]]), "respell.pieces"),
+    "manifest with a name twice": (_manifest('{"size": 1, "size": 2}'), "manifest.json: 'size' appears twice"),
+    "a billion layers": (lambda folder: _config(folder, num_hidden_layers=10**9), "expected at most 1024"),
     "another config": (lambda folder: _config(folder, num_hidden_layers=1), "expected no such tensor"),
 }
 

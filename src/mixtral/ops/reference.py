@@ -6,13 +6,25 @@ heads, G key-value heads, K head size, F expert hidden size, E experts, A expert
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Route", "attention", "experts", "linear", "rms_norm", "rope", "rope_angles", "route", "swiglu"]
+__all__ = [
+    "Route",
+    "attention",
+    "experts",
+    "head_cross_entropy",
+    "linear",
+    "rms_norm",
+    "rope",
+    "rope_angles",
+    "route",
+    "swiglu",
+]
 
 
 class Route(NamedTuple):
@@ -100,3 +112,14 @@ def experts(x_TD: Tensor, picks_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Te
             hidden = swiglu(F.linear(x_TD[tokens], gate_up_E2FD[expert]))
             out_TAD = out_TAD.index_put((tokens, places), F.linear(hidden, down_EDF[expert]))
     return (out_TAD.float() * weights_TA[..., None].float()).sum(1).to(x_TD.dtype)
+
+
+def head_cross_entropy(
+    hidden_TD: Tensor, head_RD: Tensor, labels_T: Tensor, weights_T: Tensor, *, copies_of_last: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of ``-log p(label)`` and the log-probabilities [T], float32; the last head row counts n times."""
+    scores_TR = F.linear(hidden_TD, head_RD).float()
+    counts_R = torch.zeros_like(head_RD[:, 0], dtype=torch.float32)
+    counts_R[-1] = math.log(copies_of_last)
+    logprobs_T = (scores_TR + counts_R).log_softmax(-1).gather(1, labels_T[:, None])[:, 0]
+    return -(logprobs_T * weights_T).sum(), logprobs_T

@@ -9,6 +9,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,8 @@ class _Log:
                     while rest:
                         rest = rest[file.write(rest) :]
                 except OSError:
-                    file.truncate(end)  # else the next record would stand on a line with half of this one
+                    with suppress(OSError):  # else the next record would stand on a line with half of this one
+                        file.truncate(end)
                     raise
                 self._waiting = b""
                 if to_disk:

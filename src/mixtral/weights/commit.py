@@ -23,6 +23,9 @@ from mixtral.errors import CheckpointError
 __all__ = ["Commit", "fingerprint", "flush", "interrupted"]
 
 
+_REPLACED, _PARTIAL_WEIGHTS = ".*.replaced[0-9]*", ".model*.partial"
+
+
 class Commit:
     """Files to be written to a folder together. Leaving the context without ``finish`` removes what was written."""
 
@@ -63,7 +66,7 @@ class Commit:
             flush(self._partial(name))
         flush(self.folder)
         if os.path.lexists(self.folder / last):
-            self._delete_replaced()  # of a save that was killed when its new files were in place
+            self._delete(_REPLACED)  # of a save that was killed when its new files were in place
         try:
             # Each flush keeps a crash of the machine from reordering the renames before it and those after it.
             self._set_aside(last)
@@ -78,7 +81,7 @@ class Commit:
         except BaseException as error:
             self._put_back(error)
             raise
-        self._delete_replaced()
+        self._delete(_REPLACED, _PARTIAL_WEIGHTS)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f".{name}.partial"
@@ -108,14 +111,14 @@ class Commit:
             ) from reason
         self._keep = False
 
-    def _delete_replaced(self) -> None:
-        for path in sorted(self.folder.glob(".*.replaced[0-9]*")):
+    def _delete(self, *patterns: str) -> None:
+        """What saves left that are over; saves of the past too, which were killed."""
+        for path in sorted(path for pattern in patterns for path in self.folder.glob(pattern)):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 warnings.warn(
-                    f"{path}: this replaced file is not needed any more, but could not be deleted ({_told(error)}); "
-                    "delete it by hand",
+                    f"{path}: is not needed any more, but could not be deleted ({_told(error)}); delete it by hand",
                     stacklevel=3,
                 )
 
