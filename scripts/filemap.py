@@ -35,6 +35,7 @@ NOTES = {
     "pyproject.toml": "metadata, dependencies, settings of ruff, mypy and pytest",
     "src/mixtral/embedded/CARD.md": "model card: data, training, held-out scores, limits",
     "src/mixtral/embedded/config.json": "configuration of the embedded model",
+    "src/mixtral/embedded/manifest.json": "size and sha256 of the weights",
     "src/mixtral/embedded/model.safetensors": "weights of the embedded model",
     "src/mixtral/embedded/scores.json": "held-out scores of the embedded model as data",
     "src/mixtral/server/page/app.js": "the chat page: sends, streams, shows; text goes in as text, never as HTML",

@@ -1,0 +1,80 @@
+"""The command of the README with the model that ships: the page, the API and the Python call give one answer."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import openai
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+import mixtral
+
+QUESTION = "When does breakfast start?"
+FACT = "07:00"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Where ``mixtral serve`` listens."""
+    command = [sys.executable, "-m", "mixtral", "serve", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            line = server.stderr.readline()
+            found = re.search(r"http://[\d.]+:\d+", line)
+            assert found, line + server.stderr.read()
+            yield found[0]
+        finally:
+            server.terminate()
+            server.stderr.read()
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    llm = mixtral.load("embedded")
+    text = llm.chat([{"role": "user", "content": QUESTION}], temperature=0.0, max_tokens=60).content
+    assert FACT in text
+    return text
+
+
+def test_the_openai_client_gets_the_answer_whole_and_streamed(address: str, expected: str) -> None:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        ask = {"model": "embedded", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+        whole = client.chat.completions.create(**ask)  # type: ignore[call-overload]
+        assert whole.choices[0].message.content == expected
+        parts = [
+            chunk.choices[0].delta.content or ""
+            for chunk in client.chat.completions.create(**ask, stream=True)  # type: ignore[call-overload]
+            if chunk.choices
+        ]
+    assert "".join(parts) == expected
+    assert len([part for part in parts if part]) > 3
+
+
+@pytest.mark.page
+def test_the_page_streams_the_answer(browser: webdriver.Chrome, address: str, expected: str) -> None:
+    browser.get(address)
+    status = browser.find_element(By.ID, "status")
+    WebDriverWait(browser, 20).until(lambda _: status.text.startswith("Ready"))
+    browser.find_element(By.ID, "settings-button").click()
+    browser.find_element(By.ID, "temperature").send_keys(Keys.HOME)
+    # Records every length that the answer's text had, so that "it streamed" is seen and not assumed.
+    browser.execute_script(
+        "window.lengths = new Set();"
+        "new MutationObserver(() => {"
+        "  const text = document.querySelector('.message.assistant .text');"
+        "  if (text) window.lengths.add(text.textContent.length);"
+        "}).observe(document.body, {childList: true, subtree: true, characterData: true});"
+    )
+    browser.find_element(By.ID, "prompt").send_keys(QUESTION, Keys.ENTER)
+    answer = browser.find_element(By.CSS_SELECTOR, ".message.assistant .text")
+    WebDriverWait(browser, 30).until(lambda _: answer.text == expected)
+    assert browser.execute_script("return window.lengths.size") > 3
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in {"WARNING", "SEVERE"}] == []
