@@ -3,8 +3,9 @@
     python benchmarks/generate.py                    # 2 layers in bf16: about 6 GB of memory
     python benchmarks/generate.py --width tiny       # seconds, to see that it runs
 
-Both sides share the same weights in memory. A turn is one prefill of 512 tokens and 32 decode steps after it; turns
-alternate, the first of each side is not counted, medians are printed.
+Both sides share the same weights in memory. A turn is one prefill of 512 tokens and 32 decode steps after it, by each
+side on the same prompt; every turn has a new prompt and the other side first. The first turn is not counted; medians are
+printed.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ def their_turn(model: Mixtral, dtype: torch.dtype) -> Turn:
     return turn
 
 
+def agreeing(ours: list[int], theirs: list[int]) -> int:
+    """How many tokens from the start are the same."""
+    return [*(a == b for a, b in zip(ours, theirs, strict=True)), False].index(False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", choices=["full", "tiny"], default="full")
@@ -95,12 +101,14 @@ def main() -> None:
     config = preset("8x7b" if given.width == "full" else "tiny").replace(num_hidden_layers=given.layers)
     model = random_model(config, dtype)
     sides = {"mixtral": our_turn(model), f"transformers {transformers.__version__}": their_turn(model, dtype)}
-    prompt = [(7919 * i) % config.vocab_size for i in range(given.prompt)]
+    generator = torch.Generator().manual_seed(1)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    answers = {}
+    answers: dict[str, list[int]] = {name: [] for name in sides}
     for turn in range(given.turns + 1):
-        for name, run in sides.items():
-            prefill, decode, answers[name] = run(prompt, given.steps)
+        prompt = torch.randint(config.vocab_size, (given.prompt,), generator=generator).tolist()
+        for name, run in [*sides.items()][:: 1 if turn % 2 else -1]:
+            prefill, decode, ids = run(prompt, given.steps)
+            answers[name].append(ids)
             if turn:
                 seconds[name].append((prefill, decode))
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -112,8 +120,8 @@ def main() -> None:
         print(f"{name:>20}: prefill {rates[name][0]:9.1f} tok/s, decode {rates[name][1]:7.2f} tok/s")
     ours, theirs = rates.values()
     print(f"{'ratio':>20}: prefill {ours[0] / theirs[0]:9.2f}x     , decode {ours[1] / theirs[1]:7.2f}x")
-    same = [a == b for a, b in zip(*answers.values(), strict=True)]
-    print(f"{'same greedy tokens':>20}: first {[*same, False].index(False)} of {len(same)}")
+    same = [agreeing(ours, theirs) for ours, theirs in zip(*answers.values(), strict=True)]
+    print(f"{'same greedy tokens':>20}: first {', '.join(map(str, same))} of {given.steps + 1}")
 
 
 if __name__ == "__main__":
