@@ -4,8 +4,8 @@
     python benchmarks/generate.py --width tiny       # seconds, to see that it runs
 
 Both sides share the same weights in memory. A turn is one prefill of 512 tokens and 32 decode steps after it, by each
-side on the same prompt; every turn has a new prompt and the other side first. The first turn is not counted; medians are
-printed.
+side on the same prompt; every turn has a new prompt and the other side first. Printed are medians of
+all turns but the first.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def main() -> None:
     sides = {"mixtral": our_turn(model), f"transformers {transformers.__version__}": their_turn(model, dtype)}
     generator = torch.Generator().manual_seed(1)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    answers: dict[str, list[int]] = {name: [] for name in sides}
+    answers: dict[str, list[list[int]]] = {name: [] for name in sides}
     for turn in range(given.turns + 1):
         prompt = torch.randint(config.vocab_size, (given.prompt,), generator=generator).tolist()
         for name, run in [*sides.items()][:: 1 if turn % 2 else -1]:

@@ -1,10 +1,11 @@
 """Stateless arithmetic on tensors: ``reference`` specifies them, the other files are the same at speed."""
 
+from mixtral.ops.attention import attention
 from mixtral.ops.causal import causal_attention
 from mixtral.ops.grouped import experts
 from mixtral.ops.losses import head_cross_entropy
 from mixtral.ops.passes import rms_norm, rope
-from mixtral.ops.reference import Route, attention, linear, rope_angles, route
+from mixtral.ops.reference import Route, linear, rope_angles, route
 from mixtral.ops.rows import gather_rows
 
 __all__ = [
