@@ -3,9 +3,10 @@
     python benchmarks/generate.py                    # 2 layers in bf16: about 6 GB of memory
     python benchmarks/generate.py --width tiny       # seconds, to see that it runs
 
-Both sides share the same weights in memory. A turn is one prefill of 512 tokens and 32 decode steps after it, by each
-side on the same prompt; every turn has a new prompt and the other side first. Printed are medians of
-all turns but the first.
+Both sides share the same weights in memory. A turn is one prefill of 512 tokens and 32 decode steps after it, by both
+sides on the same prompt; every turn has a new prompt. The sides alternate after the prefill and after every single
+step, because the memory of a shared machine is at times half as fast as at others. Printed are medians of all turns but
+the first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
@@ -24,7 +25,7 @@ from mixtral.engine.generator import Generator
 from mixtral.model.mixtral import Mixtral
 from mixtral.wire import SamplingParams
 
-Turn = Callable[[list[int], int], tuple[float, float, list[int]]]  # prompt, steps -> seconds of each, ids
+Side = Callable[[list[int], int], Iterator[int]]  # prompt, steps -> greedy ids: one from the prefill, one per step
 
 
 def random_model(config: MixtralConfig, dtype: torch.dtype) -> Mixtral:
@@ -40,22 +41,17 @@ def random_model(config: MixtralConfig, dtype: torch.dtype) -> Mixtral:
     return model
 
 
-def our_turn(model: Mixtral) -> Turn:
+def our_side(model: Mixtral) -> Side:
     generator = Generator(model)
 
-    def turn(prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
+    def ids(prompt: list[int], steps: int) -> Iterator[int]:
         params = SamplingParams(temperature=0.0, max_tokens=steps + 1, stop_ids=())
-        started = time.perf_counter()
-        events = generator.stream([prompt], params)
-        ids = [next(events).id]
-        first = time.perf_counter()
-        ids += [event.id for event in events]
-        return first - started, time.perf_counter() - first, ids
+        return (event.id for event in generator.stream([prompt], params))
 
-    return turn
+    return ids
 
 
-def their_turn(model: Mixtral, dtype: torch.dtype) -> Turn:
+def their_side(model: Mixtral, dtype: torch.dtype) -> Side:
     values = {k: v for k, v in model.config.to_dict().items() if k != "architectures"}
     config = transformers.MixtralConfig(**values)
     with torch.device("meta"):
@@ -67,18 +63,27 @@ def their_turn(model: Mixtral, dtype: torch.dtype) -> Turn:
     peer.model.rotary_emb = type(peer.model.rotary_emb)(config)
     peer.eval()  # type: ignore[no-untyped-call]
 
-    @torch.inference_mode()
-    def turn(prompt: list[int], steps: int) -> tuple[float, float, list[int]]:
-        started = time.perf_counter()
-        out = peer(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-        ids = [int(out.logits[0, -1].argmax())]
-        first = time.perf_counter()
-        for _ in range(steps):
-            out = peer(torch.tensor([ids[-1:]]), past_key_values=out.past_key_values, use_cache=True)
-            ids.append(int(out.logits[0, -1].argmax()))
-        return first - started, time.perf_counter() - first, ids
+    def ids(prompt: list[int], steps: int) -> Iterator[int]:
+        given, cache = prompt, None
+        for _ in range(steps + 1):
+            with torch.inference_mode():
+                out = peer(torch.tensor([given]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+                given, cache = [int(out.logits[0, -1].argmax())], out.past_key_values
+            yield given[0]
 
-    return turn
+    return ids
+
+
+def take_turns(sides: dict[str, Side], prompt: list[int], steps: int) -> dict[str, list[tuple[float, int]]]:
+    """Seconds and id of every product of every side; the sides alternate."""
+    running = {name: side(prompt, steps) for name, side in sides.items()}
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in sides}
+    for step in range(steps + 1):
+        for name in [*sides][:: 1 if step % 2 else -1]:
+            started = time.perf_counter()
+            token = next(running[name])
+            found[name].append((time.perf_counter() - started, token))
+    return found
 
 
 def agreeing(ours: list[int], theirs: list[int]) -> int:
@@ -100,27 +105,24 @@ def main() -> None:
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[given.dtype]
     config = preset("8x7b" if given.width == "full" else "tiny").replace(num_hidden_layers=given.layers)
     model = random_model(config, dtype)
-    sides = {"mixtral": our_turn(model), f"transformers {transformers.__version__}": their_turn(model, dtype)}
+    sides = {"mixtral": our_side(model), f"transformers {transformers.__version__}": their_side(model, dtype)}
     generator = torch.Generator().manual_seed(1)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    answers: dict[str, list[list[int]]] = {name: [] for name in sides}
-    for turn in range(given.turns + 1):
+    turns = []
+    for _ in range(given.turns + 1):
         prompt = torch.randint(config.vocab_size, (given.prompt,), generator=generator).tolist()
-        for name, run in [*sides.items()][:: 1 if turn % 2 else -1]:
-            prefill, decode, ids = run(prompt, given.steps)
-            answers[name].append(ids)
-            if turn:
-                seconds[name].append((prefill, decode))
+        turns.append(take_turns(sides, prompt, given.steps))
+    del turns[0]
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{given.layers} layers of {given.width} width in {given.dtype}, medians of {given.turns}")
     rates = {}
-    for name, found in seconds.items():
-        prefill, decode = (statistics.median(times) for times in zip(*found, strict=True))
-        rates[name] = (given.prompt / prefill, given.steps / decode)
+    for name in sides:
+        prefill = statistics.median(turn[name][0][0] for turn in turns)
+        decode = statistics.median(seconds for turn in turns for seconds, _ in turn[name][1:])
+        rates[name] = (given.prompt / prefill, 1 / decode)
         print(f"{name:>20}: prefill {rates[name][0]:9.1f} tok/s, decode {rates[name][1]:7.2f} tok/s")
     ours, theirs = rates.values()
     print(f"{'ratio':>20}: prefill {ours[0] / theirs[0]:9.2f}x     , decode {ours[1] / theirs[1]:7.2f}x")
-    same = [agreeing(ours, theirs) for ours, theirs in zip(*answers.values(), strict=True)]
+    same = [agreeing(*([token for _, token in ids] for ids in turn.values())) for turn in turns]
     print(f"{'same greedy tokens':>20}: first {', '.join(map(str, same))} of {given.steps + 1}")
 
 
