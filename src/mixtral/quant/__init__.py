@@ -1,0 +1,1 @@
+"""Number formats of weights: what their blocks hold, and how they turn into numbers and back."""
