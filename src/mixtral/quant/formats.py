@@ -34,7 +34,7 @@ class Format:
         width = shape[-1] if shape else 1
         if width % self.values:
             raise CheckpointError(
-                f"{self.name} packs {self.values} values of a row into a block, but rows of {list(shape)} hold {width:,}"
+                f"{self.name} packs {self.values} values of a row into a block; a row of {list(shape)} has {width:,}"
             )
         return math.prod(shape) // self.values * self.bytes
 
