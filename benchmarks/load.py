@@ -1,6 +1,6 @@
 """Loading time and peak memory of a random model, beside safetensors reading the same bytes.
 
-Run: python benchmarks/load.py [--gigabytes 1.0] [--style per-expert|fused] [--rounds 5] [--folder DIR]
+Run: python benchmarks/load.py [--gigabytes 1.0] [--layout per-expert|fused] [--rounds 5] [--folder DIR]
 
 Every measurement is a child process of its own: seconds from the folder to parameters in memory (imports excluded), and
 the highest resident memory of the process (imports included). The rows are measured in turn; the table shows medians.
@@ -39,7 +39,7 @@ ALLOWED_MEMORY = 1.1
 ALLOWED_EXTRA_BYTES = 300e6
 
 
-def make(folder: Path, gigabytes: float, style: str) -> None:
+def make(folder: Path, gigabytes: float, layout: str) -> None:
     """Write a random bf16 model of about this size; layers of 0.1 GB, shards of 0.5 GB."""
     config = MixtralConfig(
         vocab_size=8192,
@@ -57,7 +57,7 @@ def make(folder: Path, gigabytes: float, style: str) -> None:
     with torch.no_grad():
         for value in model.parameters():
             value.uniform_(-0.1, 0.1)
-    save_model(model, folder, style="fused" if style == "fused" else "per-expert", shard_size_bytes=500_000_000)
+    save_model(model, folder, layout="fused" if layout == "fused" else "per-expert", shard_size_bytes=500_000_000)
 
 
 def measure(reader: str, folder: Path) -> tuple[float, int]:
@@ -109,7 +109,7 @@ def main() -> None:
     """Parse the options, make a model unless one is given, and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--style", choices=("per-expert", "fused"), default="per-expert")
+    parser.add_argument("--layout", choices=("per-expert", "fused"), default="per-expert")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="measure this checkpoint instead of a random one")
     parser.add_argument("--child", choices=READERS, help=argparse.SUPPRESS)
@@ -121,7 +121,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "model"
-            make(folder, options.gigabytes, options.style)
+            make(folder, options.gigabytes, options.layout)
             report(folder, options.rounds)
 
 

@@ -233,14 +233,14 @@ def test_the_end_token_is_that_of_the_config(llm: mixtral.LLM, tmp_path: Path) -
     assert found.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("style", ["per-expert", "fused"])
-def test_what_is_saved_can_be_loaded(llm: mixtral.LLM, style: Any, tmp_path: Path) -> None:
-    llm.save(str(tmp_path / "copy"), style=style)
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+def test_what_is_saved_can_be_loaded(llm: mixtral.LLM, layout: Any, tmp_path: Path) -> None:
+    llm.save(str(tmp_path / "copy"), layout=layout)
     ids = [1, 5, 9]
     assert torch.equal(mixtral.load(tmp_path / "copy").logits(ids), llm.logits(ids))
     with pytest.raises(mixtral.MixtralError, match="not empty"):
-        llm.save(tmp_path / "copy", style=style)
-    llm.save(tmp_path / "copy", style=style, overwrite=True)
+        llm.save(tmp_path / "copy", layout=layout)
+    llm.save(tmp_path / "copy", layout=layout, overwrite=True)
 
 
 def test_no_stop_strings_may_be_none_as_in_the_openai_client(llm: mixtral.LLM) -> None:

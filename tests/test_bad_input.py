@@ -335,7 +335,7 @@ CALLS: dict[str, tuple[Callable[[mixtral.LLM], Any], str]] = {
     "device that is no name": (lambda m: mixtral.load("x", device=None), "device is None"),  # type: ignore[arg-type]
     "dtype that is no name": (lambda m: mixtral.load("x", dtype=[]), "dtype is []"),  # type: ignore[arg-type]
     "no threads": (lambda m: mixtral.load(".", threads=0), "threads is 0"),
-    "style of no file": (lambda m: m.save("x", style="gguf"), "style is 'gguf'"),  # type: ignore[arg-type]
+    "layout of no file": (lambda m: m.save("x", layout="gguf"), "layout is 'gguf'"),  # type: ignore[arg-type]
     "logits of a wrong id": (lambda m: m.logits([32000]), "token id is 32000"),
     "logits beyond the context": (lambda m: m.logits([1] * 65), "needs 65 tokens"),
 }

@@ -15,8 +15,8 @@ from mixtral.config import PRESETS, MixtralConfig
 from mixtral.engine.generator import Generator as TokenGenerator
 from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
 from mixtral.model.mixtral import Mixtral
-from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, encode_chat, parse_calls
-from mixtral.weights import is_compact, load_compact, load_model, save_model
+from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, check_pieces, encode_chat, parse_calls
+from mixtral.weights import dtype_of, find_gguf, is_compact, load_compact, load_model, pieces_of, save_model
 from mixtral.wire import Candidate, SamplingParams, TokenEvent
 
 __all__ = [
@@ -32,14 +32,6 @@ __all__ = [
 ]
 
 DEFAULT_MAX_TOKENS = 512
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 _FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 Prompt = str | Sequence[int]
@@ -256,17 +248,21 @@ class LLM:
         return self.generator.logits(self._ids(ids))
 
     def save(
-        self, folder: str | Path, *, style: Literal["per-expert", "fused"] = "per-expert", overwrite: bool = False
+        self,
+        folder: str | Path,
+        *,
+        layout: Literal["per-expert", "fused", "consolidated"] = "per-expert",
+        overwrite: bool = False,
     ) -> None:
-        """Write ``config.json`` and safetensors that transformers and ``load`` read, in the dtype of the model.
+        """Write config and safetensors in the dtype of the model; ``load``, transformers or Mistral's tools read it.
 
         The respelling of rare ids, which the embedded model comes with, is not part of such a folder.
 
         Raises:
-            ConfigError: there is no such style.
+            ConfigError: there is no such layout.
             CheckpointError: the folder is not empty (and not ``overwrite``), or cannot be written.
         """
-        save_model(self.generator.model, Path(folder), style=style, overwrite=overwrite)
+        save_model(self.generator.model, Path(folder), layout=layout, overwrite=overwrite)
 
     def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
         """Token events of several prompts; what the server asks of an engine."""
@@ -361,17 +357,18 @@ def load(
     dtype: str | torch.dtype | None = None,
     threads: int | None = None,
     name: str | None = None,
+    unpickle: bool = False,
 ) -> LLM:
-    """Load a model: "embedded" (ships with this package) or a folder with ``config.json`` and safetensors files.
+    """Load a model: "embedded" (ships with this package), a folder of Hugging Face's or Mistral's files, or GGUF.
 
     ``dtype`` None keeps that of the files. ``threads`` sets the CPU threads of the whole process. ``name`` is what
-    the server calls the model; default: the folder's name.
+    the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which could carry code.
 
     Raises:
         ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
         CheckpointError: files are missing or damaged, or do not fit the config.
     """
-    target, kind = _device(device), _dtype(dtype)
+    target, kind = _device(device), dtype_of(dtype)
     folder = folder_of(model)
     if threads is not None:
         if not 1 <= threads <= 1024:
@@ -382,13 +379,16 @@ def load(
         compact = load_compact(folder, device=target, dtype=kind)
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
-    found = load_model(folder, device=target, dtype=kind)
+    found = load_model(folder, device=target, dtype=kind, unpickle=unpickle)
     fitting = Tokenizer.version_for(found.config.vocab_size)
-    return LLM(found, Tokenizer.from_version(fitting) if fitting else None, name=name)
+    tokenizer = Tokenizer.from_version(fitting) if fitting else None
+    if tokenizer and (pieces := pieces_of(folder)):
+        check_pieces(tokenizer, pieces, source=str(folder))
+    return LLM(found, tokenizer, name=name)
 
 
 def folder_of(model: str | Path) -> Path:
-    """The folder of a model that can be loaded.
+    """The folder, or GGUF file, of a model that can be loaded.
 
     Raises:
         ConfigError: it is the name of a preset, which has no weights.
@@ -404,10 +404,12 @@ def folder_of(model: str | Path) -> Path:
             )
         return folder
     folder = Path(model)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and find_gguf(folder)):
         return folder
     if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file; expected the folder that holds config.json", param="model")
+        raise CheckpointError(
+            f"{folder}: is a file; expected the folder that holds config.json, or a GGUF file", param="model"
+        )
     if str(model).lower() in PRESETS:
         raise ConfigError(
             f'{str(model)!r} is a preset: sizes without weights. Give the folder that holds its files, or "embedded"; '
@@ -431,14 +433,6 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _count(device: torch.device) -> int:
     return 1 if device.type == "cpu" else torch.accelerator.device_count()
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}", param="dtype")
-    return _DTYPES[dtype]
 
 
 def _is_single(prompt: Any) -> bool:

@@ -82,7 +82,7 @@ def test_usage_errors_are_one_line(arguments: list[str], message: str, capsys: C
 
 
 def failing(error: BaseException) -> Callable[..., Any]:
-    def describe(subject: str) -> None:
+    def describe(subject: str, *, unpickle: bool) -> None:
         raise error
 
     return describe

@@ -94,15 +94,15 @@ def test_padded_transformers_batches_agree_on_real_tokens(
 
 
 @pytest.mark.filterwarnings("ignore:.*rope_theta is:UserWarning")  # the sizes are odd on purpose
-@pytest.mark.parametrize("style", ["per-expert", "fused"])
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
 def test_transformers_computes_our_logits_from_our_files(
-    style: Any, draw_config: DrawConfig, make_peer: MakePeer, read: Read, tmp_path: Path
+    layout: Any, draw_config: DrawConfig, make_peer: MakePeer, read: Read, tmp_path: Path
 ) -> None:
     """C4: what ``save_model`` writes is the same model in transformers and here."""
     config = draw_config(5)
     model = same(make_peer(config), config)
     prompt = draw_prompts(5, config.vocab_size)[-1]
-    save_model(model, tmp_path, style=style, shard_size_bytes=20_000)
+    save_model(model, tmp_path, layout=layout, shard_size_bytes=20_000)
     (expected,) = read(model, [prompt])
     transformers.utils.logging.disable_progress_bar()
     peer = Peer.from_pretrained(tmp_path, experts_implementation="eager").eval()

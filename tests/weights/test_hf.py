@@ -14,17 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mixtral.errors import CheckpointError
-from mixtral.weights import hf
+from mixtral.weights import hf, read
 from mixtral.weights.hf import (
     INDEX_NAME,
     SINGLE_NAME,
-    ShardReader,
     inside,
     read_checkpoint,
     read_header,
     record,
     write_shard,
 )
+from mixtral.weights.read import ShardReader
 
 GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -215,7 +215,7 @@ def test_circular_link(tmp_path: Path) -> None:
 def test_reader_copies_and_converts_in_chunks(
     dtype: torch.dtype, padding: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hf, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(read, "CHUNK_BYTES", 4096)
     values = (torch.arange(9001) % 251).to(dtype).view(-1, 9001)
     path = tmp_path / "x.safetensors"
     save_file({"a": values, "b": values + 1}, path)
@@ -264,4 +264,4 @@ def test_written_shard_is_read_by_safetensors(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt", "note": "1"}
     header = read_header(path)
-    assert all(entry.start % hf.DTYPES[entry.dtype].itemsize == 0 for entry in header.entries.values())
+    assert all(entry.start % read.DTYPES[entry.dtype].itemsize == 0 for entry in header.entries.values())

@@ -19,23 +19,23 @@ from mixtral.errors import CheckpointError, ConfigError, MixtralError
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights.hf import SINGLE_NAME
 from mixtral.weights.load import load_model
-from mixtral.weights.names import Style, is_router
+from mixtral.weights.names import Layout, is_router
 from mixtral.weights.save import save_model
 
 Make = Callable[..., Mixtral]
-STYLES: list[Style] = ["per-expert", "fused"]
+LAYOUTS: list[Layout] = ["per-expert", "fused"]
 ROUTER = "model.layers.1.block_sparse_moe.gate.weight"
 W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_dtypes(
-    style: Style, file_dtype: torch.dtype, dtype: torch.dtype | None, make: Make, tmp_path: Path
+    layout: Layout, file_dtype: torch.dtype, dtype: torch.dtype | None, make: Make, tmp_path: Path
 ) -> None:
     model = make(file_dtype)
-    save_model(model, tmp_path, style=style)
+    save_model(model, tmp_path, layout=layout)
     loaded = load_model(tmp_path, device="cpu", dtype=dtype)
     for name, value in model.named_parameters():
         expected = value if is_router(name) else value.to(dtype or file_dtype)
@@ -161,7 +161,7 @@ def test_refused(case: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(("key", "number"), [("num_local_experts", 1000), ("intermediate_size", 10**9)])
 def test_fused_sizes_are_compared_with_the_config_first(key: str, number: int, make: Make, tmp_path: Path) -> None:
-    save_model(make(), tmp_path, style="fused")
+    save_model(make(), tmp_path, layout="fused")
     _config(**{key: number})(tmp_path)
     with pytest.raises(CheckpointError, match=f"{key} {number}, but the tensors have"):
         load_model(tmp_path, device="cpu")
@@ -203,13 +203,13 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, "sym
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("style", STYLES)
-def test_memory_is_that_of_the_model(style: Style, small: MixtralConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_is_that_of_the_model(layout: Layout, small: MixtralConfig, tmp_path: Path) -> None:
     """Loading holds the model and one chunk, not the mapped file as well; and computes nothing on the meta device."""
     from mixtral.model.mixtral import Mixtral
 
     config = small.replace(hidden_size=1024, intermediate_size=3072, num_local_experts=8, num_hidden_layers=3)
-    save_model(Mixtral(config, device="cpu", dtype=torch.bfloat16), tmp_path, style=style)
+    save_model(Mixtral(config, device="cpu", dtype=torch.bfloat16), tmp_path, layout=layout)
     size = (tmp_path / SINGLE_NAME).stat().st_size
     assert size > 400e6
     run = subprocess.run(

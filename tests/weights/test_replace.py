@@ -15,8 +15,7 @@ import torch
 from mixtral.config import MixtralConfig, read_config
 from mixtral.errors import CheckpointError, ConfigError, MixtralError
 from mixtral.model.mixtral import Mixtral
-from mixtral.weights import is_compact, load_compact, load_model, save_compact, save_model
-from mixtral.weights import load as load_module
+from mixtral.weights import checkpoint, is_compact, load_compact, load_model, save_compact, save_model
 from mixtral.weights.vocab import row_map
 
 Save = Callable[[Mixtral, Path], None]
@@ -218,7 +217,7 @@ def test_replaced_while_it_was_read(
         return config
 
     with monkeypatch.context() as patch:
-        patch.setattr(load_module, "read_config", slowly)
+        patch.setattr(checkpoint, "read_config", slowly)
         with pytest.raises(MixtralError, match="was replaced while it was read; load it again"):
             load(tmp_path, device="cpu")
     assert loaded(tmp_path) == 2

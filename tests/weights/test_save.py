@@ -18,11 +18,11 @@ from mixtral.errors import CheckpointError
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights.hf import INDEX_NAME, SINGLE_NAME
 from mixtral.weights.load import load_model
-from mixtral.weights.names import Style
+from mixtral.weights.names import Layout
 from mixtral.weights.save import save_model
 
 Make = Callable[..., Mixtral]
-STYLES: list[Style] = ["per-expert", "fused"]
+LAYOUTS: list[Layout] = ["per-expert", "fused"]
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [10**9, 60_000, 1])
 @pytest.mark.parametrize("coarse", [True, False])
-def test_ours_to_disk_to_ours_to_disk(style: Style, size: int, coarse: bool, make: Make, tmp_path: Path) -> None:
-    save_model(make(torch.bfloat16, coarse_router=coarse), tmp_path / "1", style=style, shard_size_bytes=size)
-    save_model(load_model(tmp_path / "1", device="cpu"), tmp_path / "2", style=style, shard_size_bytes=size)
+def test_ours_to_disk_to_ours_to_disk(layout: Layout, size: int, coarse: bool, make: Make, tmp_path: Path) -> None:
+    save_model(make(torch.bfloat16, coarse_router=coarse), tmp_path / "1", layout=layout, shard_size_bytes=size)
+    save_model(load_model(tmp_path / "1", device="cpu"), tmp_path / "2", layout=layout, shard_size_bytes=size)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
@@ -69,11 +69,11 @@ def test_shards_and_index(make: Make, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_opens_what_we_write(style: Style, dtype: torch.dtype, make: Make, tmp_path: Path) -> None:
+def test_transformers_opens_what_we_write(layout: Layout, dtype: torch.dtype, make: Make, tmp_path: Path) -> None:
     model = make(dtype, coarse_router=True)
-    save_model(model, tmp_path, style=style, shard_size_bytes=60_000)
+    save_model(model, tmp_path, layout=layout, shard_size_bytes=60_000)
     peer = MixtralForCausalLM.from_pretrained(tmp_path)
     assert peer.dtype == dtype
     theirs = peer.state_dict()
@@ -108,7 +108,7 @@ def test_a_folder_in_use_is_refused_and_left_alone(make: Make, tmp_path: Path) -
 def test_overwrite_replaces_the_checkpoint_and_nothing_else(make: Make, tmp_path: Path) -> None:
     save_model(make(seed=1), tmp_path, shard_size_bytes=60_000)
     (tmp_path / "notes.txt").write_text("mine")
-    save_model(make(seed=2), tmp_path, style="fused", overwrite=True)
+    save_model(make(seed=2), tmp_path, layout="fused", overwrite=True)
     assert sorted(contents(tmp_path)) == ["config.json", SINGLE_NAME, "notes.txt"]
     assert torch.equal(
         load_model(tmp_path, device="cpu").get_parameter("lm_head.weight"), make(seed=2).get_parameter("lm_head.weight")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.cli import chat, evaluate, generate, inspect, output, serve, train
+from mixtral.cli import chat, convert, evaluate, generate, inspect, output, serve, train
 from mixtral.errors import MixtralError
 
 __all__ = ["app", "main"]
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("generate")(generate.run)
 app.command("chat")(chat.run)
 app.command("inspect")(inspect.run)
+app.command("convert")(convert.run)
 app.command("serve")(serve.run)
 app.command("evaluate")(evaluate.run)
 app.add_typer(train.app, name="train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +20,10 @@ __all__ = ["describe", "run"]
 def run(
     subject: Annotated[str, typer.Argument(metavar="PATH|PRESET|embedded", help="Folder, 8x7b, 8x22b or tiny.")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,
 ) -> None:
     """Say what a model is: sizes, parameters, memory, files."""
-    found = describe(subject)
+    found = describe(subject, unpickle=unpickle)
     if as_json:
         output.write_json(found, indent=2)
         return
@@ -41,7 +43,7 @@ def run(
         output.pairs("files", [(name, _shown(name, value)) for name, value in found["files"].items()])
 
 
-def describe(subject: str) -> dict[str, Any]:
+def describe(subject: str, *, unpickle: bool = False) -> dict[str, Any]:
     """Everything the command knows about a folder, a preset or "embedded", as JSON values.
 
     Raises:
@@ -58,10 +60,10 @@ def describe(subject: str) -> dict[str, Any]:
             f'{subject!r} is no folder and no preset; expected a folder, "embedded", or one of {", ".join(PRESETS)}'
         )
     from mixtral.api import folder_of
-    from mixtral.weights.load import read_folder_config
+    from mixtral.weights.checkpoint import read_any_config
 
     folder = folder_of(subject)
-    return _describe(subject, read_folder_config(folder), _files(folder))
+    return _describe(subject, read_any_config(folder), _files(folder, unpickle))
 
 
 def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[str, Any]:
@@ -97,19 +99,22 @@ def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[s
     }
 
 
-def _files(folder: Path) -> dict[str, Any]:
+def _files(folder: Path, unpickle: bool) -> dict[str, Any]:
     """Layout, tensors, dtypes and sizes, from the headers alone; empty for a folder with a config only."""
     from mixtral.weights import is_compact
-    from mixtral.weights.hf import SINGLE_NAME, inside, read_checkpoint, read_header
-    from mixtral.weights.names import detect_style
+    from mixtral.weights.checkpoint import open_checkpoint
+    from mixtral.weights.hf import SINGLE_NAME, inside, read_header
+    from mixtral.weights.read import Entry
+    from mixtral.weights.save import weight_files
 
-    if not any(folder.glob("*.safetensors*")):
+    entries: Mapping[str, Entry]
+    if not any((folder / name).exists() for name in weight_files(folder)):
         return {}
     if is_compact(folder):
-        entries, layout = dict(read_header(inside(folder, SINGLE_NAME)).entries), "compact (int8, shared rows)"
+        entries, layout = read_header(inside(folder, SINGLE_NAME)).entries, "compact (int8, shared rows)"
     else:
-        entries = read_checkpoint(folder)
-        layout = detect_style(entries)
+        checkpoint = open_checkpoint(folder, unpickle=unpickle)
+        entries, layout = checkpoint.entries, checkpoint.layout
     shards = {entry.shard for entry in entries.values()}
     return {
         "layout": layout,

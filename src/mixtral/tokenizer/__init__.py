@@ -4,5 +4,15 @@ from mixtral.tokenizer.calls import ToolCall, parse_calls
 from mixtral.tokenizer.chat import EncodedChat, encode_chat
 from mixtral.tokenizer.stream import TextStream
 from mixtral.tokenizer.tokenizer import Tokenizer
+from mixtral.tokenizer.vocabulary import check_pieces, gguf_vocabulary
 
-__all__ = ["EncodedChat", "TextStream", "Tokenizer", "ToolCall", "encode_chat", "parse_calls"]
+__all__ = [
+    "EncodedChat",
+    "TextStream",
+    "Tokenizer",
+    "ToolCall",
+    "check_pieces",
+    "encode_chat",
+    "gguf_vocabulary",
+    "parse_calls",
+]

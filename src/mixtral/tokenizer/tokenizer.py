@@ -110,6 +110,11 @@ class Tokenizer:
         self._check(id)
         return cast(str, self._model.id_to_piece(id))
 
+    def score(self, id: int) -> float:
+        """The score of an id in the vocabulary: pairs of pieces with a higher score are joined first."""
+        self._check(id)
+        return cast(float, self._model.get_score(id))
+
     def is_byte(self, id: int) -> bool:
         """Whether the id is one of the 256 byte pieces ``<0xNN>``."""
         self._check(id)

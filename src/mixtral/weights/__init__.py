@@ -1,9 +1,20 @@
-"""Files <-> parameters: Hugging Face folders in both name styles, and the compact file of the embedded model."""
+"""Files <-> parameters: every layout in which Mixtral exists, and the compact file of the embedded model."""
 
 from __future__ import annotations
 
 from mixtral.weights.compact import Compact, is_compact, load_compact, save_compact
-from mixtral.weights.load import load_model
+from mixtral.weights.gguf_model import find_gguf, pieces_of
+from mixtral.weights.load import dtype_of, load_model
 from mixtral.weights.save import save_model
 
-__all__ = ["Compact", "is_compact", "load_compact", "load_model", "save_compact", "save_model"]
+__all__ = [
+    "Compact",
+    "dtype_of",
+    "find_gguf",
+    "is_compact",
+    "load_compact",
+    "load_model",
+    "pieces_of",
+    "save_compact",
+    "save_model",
+]

@@ -1,37 +1,32 @@
 """Sharded safetensors with an index, as on the Hugging Face Hub: headers checked first, then one tensor at a time.
 
 Nothing is allocated and nothing is mapped before the header of every shard has been checked against the length of its
-file. Bytes are copied through a mapping whose pages are given back after each chunk, so that a file is never in memory
-beside the parameters that were read from it.
+file; ``read.py`` copies the values.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixtral.errors import CheckpointError
+from mixtral.weights.read import DTYPES, Entry
 
 __all__ = [
-    "DTYPES",
     "INDEX_NAME",
     "SINGLE_NAME",
-    "Entry",
     "Header",
     "Record",
-    "ShardReader",
     "inside",
     "parse_json",
     "read_checkpoint",
@@ -44,15 +39,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_JSON_BYTES = 100_000_000
 MAX_DIMENSIONS = 8
-CHUNK_BYTES = 32 << 20
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "I32": torch.int32,
-}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ONE_BYTE = ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _ITEM_BYTES: Mapping[str, int] = {
@@ -61,18 +48,6 @@ _ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor on disk: bytes ``start`` to ``stop`` of the file ``shard``."""
-
-    name: str
-    shard: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,49 +79,50 @@ def inside(folder: Path, name: str) -> Path:
     return real
 
 
-def read_checkpoint(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the checkpoint in ``folder``, by name: from the index and its shards, or from the single file.
+def read_checkpoint(folder: Path, stem: str = "model") -> dict[str, Entry]:
+    """Every tensor of the checkpoint in ``folder``, by name: from ``STEM.safetensors``, or from the index and shards.
 
     Raises:
         CheckpointError: no checkpoint, a missing or damaged shard, or an index that disagrees with its shards.
     """
-    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if os.path.lexists(single) and os.path.lexists(index):
-        raise CheckpointError(f"{folder} holds both {SINGLE_NAME} and {INDEX_NAME}; keep one of the two checkpoints")
+        raise CheckpointError(f"{folder} holds both {single.name} and {index.name}; keep one of the two checkpoints")
     if os.path.lexists(single):
-        return read_header(inside(folder, SINGLE_NAME), label=SINGLE_NAME).entries
+        return read_header(inside(folder, single.name), label=single.name).entries
     if os.path.lexists(index):
-        return _read_shards(folder, _read_index(inside(folder, INDEX_NAME)))
+        return _read_shards(folder, index.name)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; expected a folder with config.json and {SINGLE_NAME}")
+        raise CheckpointError(f"{folder}: no such folder; expected a folder with config.json and {single.name}")
     found = sorted(path.name for path in folder.iterdir())
     told = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
-    raise CheckpointError(f"{folder}: no weights; expected {SINGLE_NAME} or {INDEX_NAME} with its shards, found {told}")
+    raise CheckpointError(f"{folder}: no weights; expected {single.name} or {index.name} with its shards, found {told}")
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Path, label: str) -> dict[str, str]:
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{INDEX_NAME}: larger than {MAX_JSON_BYTES:,} bytes; this is no index")
-    values = parse_json(path.read_bytes(), INDEX_NAME)
+        raise CheckpointError(f"{label}: larger than {MAX_JSON_BYTES:,} bytes; this is no index")
+    values = parse_json(path.read_bytes(), label)
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{INDEX_NAME}: expected an object 'weight_map' of tensor name -> shard name")
+        raise CheckpointError(f"{label}: expected an object 'weight_map' of tensor name -> shard name")
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not {"/", "\\", "\0"} & set(shard)
         if not plain:
             raise CheckpointError(
-                f"{INDEX_NAME}: {name!r} is said to be in {shard!r}; expected the plain name of a .safetensors file "
+                f"{label}: {name!r} is said to be in {shard!r}; expected the plain name of a .safetensors file "
                 "in the same folder"
             )
     return weight_map
 
 
-def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Entry]:
+def _read_shards(folder: Path, label: str) -> dict[str, Entry]:
+    weight_map = _read_index(inside(folder, label), label)
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(shards)} shards named in {INDEX_NAME} are missing: "
+            f"{folder}: {len(missing)} of {len(shards)} shards named in {label} are missing: "
             f"{_first(missing)}; download them again"
         )
     entries: dict[str, Entry] = {}
@@ -157,16 +133,12 @@ def _read_shards(folder: Path, weight_map: Mapping[str, str]) -> dict[str, Entry
             raise CheckpointError(f"{shard}: {twice[0]!r} is also in {entries[twice[0]].shard.name}")
         strays = [name for name in found if weight_map.get(name) != shard]
         if strays:
-            said = (
-                f"which {INDEX_NAME} puts in {weight_map[strays[0]]}" if strays[0] in weight_map else "not in the index"
-            )
+            said = f"which {label} puts in {weight_map[strays[0]]}" if strays[0] in weight_map else "not in the index"
             raise CheckpointError(f"{shard}: holds {strays[0]!r}, {said}; index and shards do not belong together")
         entries |= found
     absent = [name for name in weight_map if name not in entries]
     if absent:
-        raise CheckpointError(
-            f"{weight_map[absent[0]]}: {INDEX_NAME} promises {_first(absent)}, which it does not hold"
-        )
+        raise CheckpointError(f"{weight_map[absent[0]]}: {label} promises {_first(absent)}, which it does not hold")
     return entries
 
 
@@ -263,65 +235,14 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-class ShardReader:
-    """Copies tensors out of shards that ``read_header`` has checked. A context manager; not for several threads."""
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def __enter__(self) -> ShardReader:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Closed by reference count: an explicit close would fail while an exception still holds a view.
-        self._maps.clear()
-
-    def read(self, entry: Entry, target: Tensor) -> None:
-        """Copy a tensor into ``target``: contiguous, of the same shape, on any device; the dtype may differ.
-
-        Raises:
-            CheckpointError: the file changed since its header was read, or a value does not fit into float16.
-        """
-        flat, dtype = target.view(-1), DTYPES[entry.dtype]
-        data = self._map(entry)
-        step = CHUNK_BYTES // dtype.itemsize
-        for low in range(0, flat.numel(), step):
-            count, start = min(step, flat.numel() - low), entry.start + low * dtype.itemsize
-            part = torch.frombuffer(data, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
-            # A header may have any length, so the values need not be aligned.
-            values = part.view(dtype) if start % dtype.itemsize == 0 else part.clone().view(dtype)
-            flat[low : low + count].copy_(values)
-            first = start // mmap.PAGESIZE * mmap.PAGESIZE
-            data.madvise(mmap.MADV_DONTNEED, first, start + count * dtype.itemsize - first)
-        if target.dtype == torch.float16 != dtype and not bool(target.isfinite().all()):
-            raise CheckpointError(
-                f"{entry.name!r} holds values beyond the range of float16 (65504); load it as bfloat16 or float32"
-            )
-
-    def _map(self, entry: Entry) -> mmap.mmap:
-        data = self._maps.get(entry.shard)
-        if data is None:
-            try:
-                with entry.shard.open("rb") as file:
-                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{entry.shard.name}: cannot be read ({error})") from None
-            self._maps[entry.shard] = data
-        if entry.stop > len(data):
-            raise CheckpointError(f"{entry.shard.name}: became shorter while it was read")
-        return data
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One tensor to be written: ``tensor`` is called when its turn comes, and its result is dropped afterwards."""
+    """One tensor to be written: ``parts`` is called when its turn comes, and gives its values in runs, in order."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    tensor: Callable[[], Tensor]
+    parts: Callable[[], Iterable[Tensor]]
 
     @property
     def size_bytes(self) -> int:
@@ -331,11 +252,11 @@ class Record:
 
 def record(name: str, tensor: Tensor) -> Record:
     """A tensor that is there already, as a record to be written."""
-    return Record(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
+    return Record(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
 def write_shard(path: Path, records: Iterable[Record], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, a tensor at a time. The caller flushes it to disk and renames it.
+    """Write one safetensors file, a part of a tensor at a time. The caller flushes it to disk and renames it.
 
     Raises:
         OSError: the file cannot be written.
@@ -353,5 +274,8 @@ def write_shard(path: Path, records: Iterable[Record], metadata: Mapping[str, st
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for item in ordered:
-            values = item.tensor().detach().to(device="cpu", dtype=item.dtype).contiguous().view(-1)
-            file.write(values.view(torch.uint8).numpy().data)
+            for part in item.parts():
+                values = part.detach().to(device="cpu", dtype=item.dtype).contiguous().view(-1)
+                file.write(values.view(torch.uint8).numpy().data)
+            if file.tell() != 8 + len(text) + header[item.name]["data_offsets"][1]:
+                raise CheckpointError(f"{item.name!r}: its parts do not make {item.size_bytes:,} bytes")

@@ -3,66 +3,85 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights.commit import Commit
-from mixtral.weights.hf import INDEX_NAME, SINGLE_NAME, Record, write_shard
-from mixtral.weights.names import Piece, Style, is_router, parameter_shapes, pieces
+from mixtral.weights.consolidated import PARAMS_NAME, STEM, pickled_files, to_params
+from mixtral.weights.hf import INDEX_NAME, Record, write_shard
+from mixtral.weights.names import Layout, Piece, is_router, parameter_shapes, tensors
 
-__all__ = ["checked_parameters", "save_model", "to_json", "weight_files"]
+__all__ = ["WRITABLE", "check_folder", "checked_parameters", "save_model", "to_json", "weight_files", "write_folder"]
+
+WRITABLE: tuple[Layout, ...] = ("per-expert", "fused", "consolidated")
 
 
 def save_model(
     model: Mixtral,
     folder: Path,
     *,
-    style: Style = "per-expert",
+    layout: Layout = "per-expert",
     shard_size_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Write ``config.json`` and sharded safetensors, complete or not at all. Tensors keep their dtype.
+    """Write the config and safetensors, complete or not at all. Tensors keep their dtype.
 
     A router (fp32 in memory) is written in the dtype of the other weights if that loses nothing, else in fp32.
 
     Raises:
-        ConfigError: there is no such style.
+        ConfigError: the layout is not one of ``WRITABLE``.
         CheckpointError: the folder is not empty (and not ``overwrite``), cannot be written, or the model is not a plain
             Mixtral.
     """
     folder = Path(folder)
-    if style not in get_args(Style):
-        raise ConfigError(f"style is {style!r}; expected one of {', '.join(get_args(Style))}", param="style")
+    if layout not in WRITABLE:
+        raise ConfigError(f"layout is {layout!r}; expected one of {', '.join(WRITABLE)}", param="layout")
     if shard_size_bytes < 1:
         raise CheckpointError(f"shard_size_bytes is {shard_size_bytes}; expected at least 1", param="shard_size_bytes")
     try:
-        _check_folder(folder, overwrite=overwrite)
-        _write(model, folder, style, shard_size_bytes)
+        check_folder(folder, overwrite=overwrite)
+        _write(model, folder, layout, shard_size_bytes)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
-def _check_folder(folder: Path, *, overwrite: bool) -> None:
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a path that is no folder, or a folder with files in it unless ``overwrite``."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder")
     if folder.is_dir() and not overwrite and any(folder.iterdir()):
         raise CheckpointError(f"{folder}: not empty; choose another folder, or overwrite it explicitly")
 
 
-def _write(model: Mixtral, folder: Path, style: Style, shard_size_bytes: int) -> None:
+def _write(model: Mixtral, folder: Path, layout: Layout, shard_size_bytes: int) -> None:
     parameters = checked_parameters(model)
     dtype = next(value.dtype for name, value in parameters.items() if not is_router(name))
-    records = [_record(piece, parameters[piece.parameter], dtype) for piece in pieces(model.config, style)]
-    shards = list(_shards(records, shard_size_bytes))
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    records = [_record(tensor, parameters[tensor[0].parameter], dtype) for tensor in tensors(model.config, layout)]
+    write_folder(folder, model.config, layout, records, shard_size_bytes=shard_size_bytes)
+
+
+def write_folder(
+    folder: Path, config: MixtralConfig, layout: Layout, records: Sequence[Record], *, shard_size_bytes: int
+) -> None:
+    """Write config and safetensors of one of the ``WRITABLE`` layouts, complete or not at all; files of another
+    checkpoint go. Mistral's tools want all tensors in one file, so ``shard_size_bytes`` counts only for the others.
+
+    Raises:
+        OSError: the folder cannot be written; it is as it was.
+    """
+    stem = STEM if layout == "consolidated" else "model"
+    shards = [list(records)] if layout == "consolidated" else list(_shards(records, shard_size_bytes))
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        names = [SINGLE_NAME]
+        names = [f"{stem}.safetensors"]
     with Commit(folder) as commit:
         for name, shard in zip(names, shards, strict=True):
             write_shard(commit.path(name), shard, {"format": "pt"})
@@ -70,14 +89,20 @@ def _write(model: Mixtral, folder: Path, style: Style, shard_size_bytes: int) ->
             weight_map = {item.name: name for name, shard in zip(names, shards, strict=True) for item in shard}
             sizes = {"total_size": sum(item.size_bytes for item in records)}
             commit.path(INDEX_NAME).write_text(to_json({"metadata": sizes, "weight_map": weight_map}), encoding="utf-8")
-        config = {**model.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
-        commit.path("config.json").write_text(to_json(config), encoding="utf-8")
+        if layout == "consolidated":
+            commit.path(PARAMS_NAME).write_text(to_json(to_params(config)), encoding="utf-8")
+        else:
+            dtype = Counter(item.dtype for item in records).most_common(1)[0][0]
+            values = {**config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+            commit.path("config.json").write_text(to_json(values), encoding="utf-8")
         commit.finish(remove=weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the files of a folder that hold weights or tell where they are, in any layout that is written here."""
-    return [SINGLE_NAME, INDEX_NAME, *(path.name for path in folder.glob("model-*-of-*.safetensors"))]
+    """Names of the files of a folder that hold weights or tell where they are, in any layout of a folder."""
+    found = [path.name for stem in ("model", STEM) for path in folder.glob(f"{stem}-*-of-*.safetensors")]
+    found += [f"{stem}.safetensors{end}" for stem in ("model", STEM) for end in ("", ".index.json")]
+    return [*found, *pickled_files(folder)]
 
 
 def checked_parameters(model: Mixtral) -> dict[str, Tensor]:
@@ -103,18 +128,16 @@ def checked_parameters(model: Mixtral) -> dict[str, Tensor]:
     return parameters
 
 
-def _record(piece: Piece, parameter: Tensor, dtype: torch.dtype) -> Record:
-    if not is_router(piece.parameter):
-        return Record(piece.name, dtype, piece.shape, _later(piece, parameter))
-    lossless = torch.equal(parameter.detach().to(dtype).to(parameter.dtype), parameter.detach())
-    return Record(piece.name, dtype if lossless else parameter.dtype, piece.shape, _later(piece, parameter))
+def _record(tensor: Sequence[Piece], parameter: Tensor, dtype: torch.dtype) -> Record:
+    first = tensor[0]
+    if is_router(first.parameter) and not torch.equal(parameter.detach().to(dtype).float(), parameter.detach()):
+        dtype = parameter.dtype
+    return Record(
+        first.name, dtype, first.tensor_shape, lambda: (piece.to_file(piece.of(parameter)) for piece in tensor)
+    )
 
 
-def _later(piece: Piece, parameter: Tensor) -> Callable[[], Tensor]:
-    return lambda: piece.of(parameter)
-
-
-def _shards(records: list[Record], size_bytes: int) -> Iterator[list[Record]]:
+def _shards(records: Sequence[Record], size_bytes: int) -> Iterator[list[Record]]:
     """Records in order, cut so that no shard exceeds the size, except by a single tensor that is larger."""
     shard: list[Record] = []
     used = 0

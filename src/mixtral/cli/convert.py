@@ -1,0 +1,74 @@
+"""``mixtral convert``: a checkpoint of any layout, written in another one."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mixtral.cli import output
+
+if TYPE_CHECKING:
+    from mixtral.weights.names import Layout
+
+__all__ = ["run"]
+
+_LAYOUTS: dict[str, Layout] = {"hf": "fused", "hf-per-expert": "per-expert", "consolidated": "consolidated"}
+
+
+def run(
+    source: Annotated[str, typer.Argument(metavar="SRC", help='Folder, GGUF file, or "embedded".')],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, new or empty; or file.gguf.")],
+    to: Annotated[str, typer.Option("--to", help="hf (fused names), hf-per-expert, consolidated, gguf.")],
+    form: Annotated[str | None, typer.Option("--format", help="Of gguf: f32, f16, bf16, q8_0, q4_0 ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Not gguf: bfloat16, float16, float32; default: as is.")] = None,
+    vocab: Annotated[str | None, typer.Option(help="v1 or v3: move to that vocabulary.")] = None,
+    unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DST.")] = False,
+) -> None:
+    """Write a checkpoint in another layout; values stay bit for bit, unless --dtype or --format rounds them."""
+    from mixtral.api import folder_of
+    from mixtral.errors import ConfigError
+    from mixtral.tokenizer import Tokenizer, gguf_vocabulary
+    from mixtral.weights import dtype_of
+    from mixtral.weights.convert import convert, convert_to_gguf
+    from mixtral.weights.upgrade import VOCABULARIES
+
+    if to not in (*_LAYOUTS, "gguf"):
+        raise ConfigError(f"--to is {to!r}; expected one of {', '.join([*_LAYOUTS, 'gguf'])}", param="to")
+    for option, given, other in (("--dtype", dtype, to == "gguf"), ("--format", form, to != "gguf")):
+        if given is not None and other:
+            raise ConfigError(f"{option} is {given!r}, but --to is {to}; use the other one of --dtype and --format")
+    if vocab is not None and vocab not in VOCABULARIES:
+        raise ConfigError(f"--vocab is {vocab!r}; expected one of {', '.join(VOCABULARIES)}", param="vocab")
+    wanted = VOCABULARIES[vocab] if vocab else None
+    started = time.perf_counter()
+    with output.progress("writing") as progress:
+        if to == "gguf":
+            moved = convert_to_gguf(
+                folder_of(source),
+                target,
+                form=form,
+                vocabulary=lambda size: gguf_vocabulary(Tokenizer.for_vocab_size(size)),
+                vocab_size=wanted,
+                unpickle=unpickle,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        else:
+            moved = convert(
+                folder_of(source),
+                target,
+                layout=_LAYOUTS[to],
+                dtype=dtype_of(dtype),
+                vocab_size=wanted,
+                unpickle=unpickle,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    seconds = time.perf_counter() - started
+    size = moved.size_bytes / 1e9
+    output.say(f"{source}: {moved.layout}, {moved.tensors:,} tensors")
+    output.say(f"{target}: {to}, {size:,.2f} GB in {seconds:,.1f} s ({size / seconds:,.2f} GB/s)")

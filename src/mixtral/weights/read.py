@@ -1,0 +1,116 @@
+"""Copying values out of checkpoint files: mapped, in chunks whose pages are given back, decoded where they are blocks.
+
+So a file is never in memory beside the parameters that were read from it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from mixtral.errors import CheckpointError
+from mixtral.quant.decode import decode_into
+from mixtral.quant.formats import FORMATS
+
+__all__ = ["DTYPES", "Entry", "ShardReader"]
+
+CHUNK_BYTES = 32 << 20
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor on disk: bytes ``start`` to ``stop`` of the file ``shard``."""
+
+    name: str
+    shard: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class ShardReader:
+    """Copies values out of files whose headers have been checked. A context manager; not for several threads."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def __enter__(self) -> ShardReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Closed by reference count: an explicit close would fail while an exception still holds a view.
+        self._maps.clear()
+
+    def read(self, entry: Entry, target: Tensor, *, first: int = 0) -> None:
+        """Copy values of a tensor, from number ``first`` on, into ``target``: contiguous, on any device, any dtype.
+
+        Blocks of quantised formats are decoded; ``first`` and the size of ``target`` are then whole blocks.
+
+        Raises:
+            CheckpointError: the file changed since its header was read, or a value does not fit into float16.
+        """
+        flat, dtype = target.view(-1), DTYPES.get(entry.dtype)
+        values, size = (1, dtype.itemsize) if dtype else (FORMATS[entry.dtype].values, FORMATS[entry.dtype].bytes)
+        step = CHUNK_BYTES // size
+        for low in range(0, flat.numel() // values, step):
+            count = min(step, flat.numel() // values - low)
+            start = entry.start + (first // values + low) * size
+            with self._bytes(entry, start, count * size) as part:
+                into = flat[low * values : (low + count) * values]
+                if dtype is None:
+                    decode_into(part.view(count, size), entry.dtype, into.view(count, values))
+                else:
+                    # A header may have any length, so the values need not be aligned.
+                    into.copy_((part if start % size == 0 else part.clone()).view(dtype))
+        if target.dtype == torch.float16 != dtype and not bool(target.isfinite().all()):
+            raise CheckpointError(
+                f"{entry.name!r} holds values beyond the range of float16 (65504); load it as bfloat16 or float32"
+            )
+
+    def raw(self, entry: Entry, *, first: int, count: int) -> Tensor:
+        """The bytes of ``count`` values from number ``first`` on, as they are in the file: uint8."""
+        size = entry.stop - entry.start
+        values = math.prod(entry.shape)
+        start = entry.start + size * first // values
+        with self._bytes(entry, start, size * count // values) as part:
+            return part.clone()
+
+    @contextmanager
+    def _bytes(self, entry: Entry, start: int, count: int) -> Iterator[Tensor]:
+        """A view of the file, whose pages are given back afterwards."""
+        data = self._map(entry)
+        yield torch.frombuffer(data, dtype=torch.uint8, count=count, offset=start)
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        data.madvise(mmap.MADV_DONTNEED, page, start + count - page)
+
+    def _map(self, entry: Entry) -> mmap.mmap:
+        data = self._maps.get(entry.shard)
+        if data is None:
+            try:
+                with entry.shard.open("rb") as file:
+                    data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{entry.shard.name}: cannot be read ({error})") from None
+            self._maps[entry.shard] = data
+        if entry.stop > len(data):
+            raise CheckpointError(f"{entry.shard.name}: became shorter while it was read")
+        return data
