@@ -144,3 +144,68 @@ def test_bad_folders(folder: Path, tmp_path: Path, capsys: Capture) -> None:
         assert told in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     assert main(["inspect", str(folder)]) == 0
+
+
+def test_gguf_holds_the_vocabulary(folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    """D2, D5: the tokens are compared with those of Mixtral; other words for the ids are refused."""
+    from mixtral.errors import TokenizerError
+    from mixtral.weights.gguf import read_gguf
+    from mixtral.weights.gguf_write import GgufRecord, write_gguf
+
+    path = tmp_path / "town.gguf"
+    assert main(["convert", str(folder), str(path), "--to", "gguf"]) == 0
+    assert "gguf, 0.00 GB" in capsys.readouterr().out
+    found = read_gguf(path)
+    tokens = found.metadata["tokenizer.ggml.tokens"]
+    assert (len(tokens), tokens[:4], tokens[15359]) == (32000, ["<unk>", "<s>", "</s>", "<0x00>"], "▁Hi")
+    assert found.metadata["tokenizer.ggml.token_type"].tolist().count(3) == 2
+    assert main(["inspect", str(path), "--tensors"]) == 0
+    said = capsys.readouterr().out
+    assert "blk.0.ffn_down_exps.weight  BF16" in said
+    assert re.search(r"layout +gguf *\n", said)
+    assert re.search(r"version +v1 *\n", said)
+    ids = [1, 2, 31999]
+    assert torch.equal(mixtral.load(path).logits(ids), mixtral.load(folder).logits(ids))
+
+    data = path.read_bytes()
+    records = [
+        GgufRecord(
+            e.name,
+            e.dtype,
+            e.shape,
+            lambda e=e: [torch.frombuffer(bytearray(data[e.start : e.stop]), dtype=torch.uint8)],
+        )
+        for e in found.tensors.values()
+    ]
+    tokens[15359] = "▁Ho"
+    write_gguf(tmp_path / "other.gguf", found.metadata, records)
+    with pytest.raises(TokenizerError, match="token 15359 is '▁Ho', but '▁Hi' in the vocabulary v1"):
+        mixtral.load(tmp_path / "other.gguf")
+
+
+def test_quantize_says_what_it_costs(tmp_path: Path, capsys: Capture) -> None:
+    generator = torch.Generator().manual_seed(8)
+    config = CONFIG.replace(hidden_size=256, intermediate_size=256, head_dim=128, vocab_size=32768)
+    model = Mixtral(config, device="cpu", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((torch.randn(parameter.shape, generator=generator) * 0.1).to(torch.bfloat16))
+    save_model(model, tmp_path / "source")
+    (tmp_path / "text.txt").write_text("When does the Maritime Museum open? " * 9, encoding="utf-8")
+    check = ["--check", str(tmp_path / "text.txt"), "--tokens", "40"]
+    losses = []
+    for form in ("bf16", "q8_0", "q4_k_m", "q2_k"):
+        command = ["quantize", str(tmp_path / "source"), str(tmp_path / f"{form}.gguf"), "--format", form, *check]
+        assert main(command) == 0
+        said = capsys.readouterr().out
+        assert f"{form}, 0.0" in said
+        assert "on 40 tokens" in said
+        before, after = (float(re.findall(rf"perplexity {when} +([\d.]+)", said)[0]) for when in ("before", "after"))
+        losses.append(float(re.findall(r"divergence, mean +([\d.]+)", said)[0]))
+        assert (before == after) == (form == "bf16")
+    assert losses[0] == 0
+    assert losses == sorted(losses)
+    (tmp_path / "text.txt").write_bytes(b"\xff\xfe")
+    assert main([*command[:2], str(tmp_path / "x.gguf"), "--format", "q8_0", *check]) == 2
+    assert "not UTF-8 (byte 0)" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()

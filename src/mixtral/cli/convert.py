@@ -22,7 +22,7 @@ def run(
     source: Annotated[str, typer.Argument(metavar="SRC", help='Folder, GGUF file, or "embedded".')],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, new or empty; or file.gguf.")],
     to: Annotated[str, typer.Option("--to", help="hf (fused names), hf-per-expert, consolidated, gguf.")],
-    form: Annotated[str | None, typer.Option("--format", help="Of gguf: f32, f16, bf16, q8_0, q4_0 ...")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="Of gguf: bf16, q8_0, q4_k_m ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="Not gguf: bfloat16, float16, float32; default: as is.")] = None,
     vocab: Annotated[str | None, typer.Option(help="v1 or v3: move to that vocabulary.")] = None,
     unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,

@@ -1,4 +1,4 @@
-"""``mixtral inspect``: what a checkpoint folder or a preset is, without loading it."""
+"""``mixtral inspect``: what a checkpoint or a preset is, without loading it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ __all__ = ["describe", "run"]
 
 
 def run(
-    subject: Annotated[str, typer.Argument(metavar="PATH|PRESET|embedded", help="Folder, 8x7b, 8x22b or tiny.")],
+    subject: Annotated[str, typer.Argument(metavar="PATH|PRESET|embedded", help="Folder, GGUF file, 8x7b, ...")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor of the files.")] = False,
     unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,
 ) -> None:
     """Say what a model is: sizes, parameters, memory, files."""
     found = describe(subject, unpickle=unpickle)
+    listed = found["files"].pop("list", {})
+    if tensors:
+        found["tensors"] = listed
     if as_json:
         output.write_json(found, indent=2)
         return
@@ -41,6 +45,9 @@ def run(
     output.pairs("tokenizer", [("version", found["tokenizer"] or "none fits; only token ids can be used")])
     if found["files"]:
         output.pairs("files", [(name, _shown(name, value)) for name, value in found["files"].items()])
+    if tensors:
+        rows = [(name, f"{item['format']:8} {item['shape']}") for name, item in listed.items()]
+        output.pairs("tensors", rows or [("none", "there are no files with weights")])
 
 
 def describe(subject: str, *, unpickle: bool = False) -> dict[str, Any]:
@@ -53,11 +60,12 @@ def describe(subject: str, *, unpickle: bool = False) -> dict[str, Any]:
     from mixtral.config import PRESETS, preset
     from mixtral.errors import ConfigError
 
-    if subject != "embedded" and not Path(subject).is_dir():
+    if subject != "embedded" and not Path(subject).exists():
         if subject.lower() in PRESETS:
             return _describe(subject.lower(), preset(subject), {})
         raise ConfigError(
-            f'{subject!r} is no folder and no preset; expected a folder, "embedded", or one of {", ".join(PRESETS)}'
+            f'{subject!r} is no folder and no preset; expected a folder, a GGUF file, "embedded", or one of '
+            f"{', '.join(PRESETS)}"
         )
     from mixtral.api import folder_of
     from mixtral.weights.checkpoint import read_any_config
@@ -101,16 +109,16 @@ def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[s
 
 def _files(folder: Path, unpickle: bool) -> dict[str, Any]:
     """Layout, tensors, dtypes and sizes, from the headers alone; empty for a folder with a config only."""
-    from mixtral.weights import is_compact
+    from mixtral.weights import find_gguf, is_compact
     from mixtral.weights.checkpoint import open_checkpoint
     from mixtral.weights.hf import SINGLE_NAME, inside, read_header
     from mixtral.weights.read import Entry
     from mixtral.weights.save import weight_files
 
     entries: Mapping[str, Entry]
-    if not any((folder / name).exists() for name in weight_files(folder)):
+    if folder.is_dir() and not any((folder / name).exists() for name in weight_files(folder)) and not find_gguf(folder):
         return {}
-    if is_compact(folder):
+    if folder.is_dir() and is_compact(folder):
         entries, layout = read_header(inside(folder, SINGLE_NAME)).entries, "compact (int8, shared rows)"
     else:
         checkpoint = open_checkpoint(folder, unpickle=unpickle)
@@ -122,6 +130,7 @@ def _files(folder: Path, unpickle: bool) -> dict[str, Any]:
         "dtypes": dict(Counter(entry.dtype for entry in entries.values()).most_common()),
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
+        "list": {name: {"format": entry.dtype, "shape": list(entry.shape)} for name, entry in entries.items()},
     }
 
 

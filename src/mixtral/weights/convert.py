@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
+from mixtral.quant.mixes import mix_of
 from mixtral.weights.checkpoint import open_checkpoint, unchanged
 from mixtral.weights.compact import is_compact, load_compact
-from mixtral.weights.gguf_save import checked_format, gguf_records, write_gguf_model
+from mixtral.weights.gguf_save import gguf_records, write_gguf_model
 from mixtral.weights.hf import Record
 from mixtral.weights.load import checked_dtype
 from mixtral.weights.matrices import CheckpointMatrices, Matrices, ModelMatrices
@@ -91,15 +92,15 @@ def convert_to_gguf(
 ) -> Moved:
     """Read a checkpoint of any layout and write one GGUF file with merged experts, complete or not at all.
 
-    Without ``form`` every matrix keeps its format, blocks bit for bit; else it is one of ``gguf_save.FORMS``. Norms and
-    routers are float32. ``vocabulary`` gives the metadata of the tokenizer for a number of token ids.
+    Without ``form`` every matrix keeps its format, blocks bit for bit; else it is one of ``quant.mixes.MIXES``. Norms
+    and routers are float32. ``vocabulary`` gives the metadata of the tokenizer for a number of token ids.
 
     Raises:
         ConfigError: the config, the form or the vocabulary is wrong.
         CheckpointError: as ``convert``; or the file exists and not ``overwrite``.
     """
     source, path = Path(source), Path(path)
-    checked_format(form)
+    mix = None if form is None else mix_of(form)
     with _told(path):
         if path.is_dir():
             raise CheckpointError(f"{path}: is a folder; give the name of the file to write")
@@ -108,9 +109,9 @@ def convert_to_gguf(
         if path.exists() and source.exists() and path.samefile(source):
             raise CheckpointError(f"{path}: is what would be read; choose another name for the result")
         with _opened(source, vocab_size, unpickle) as (found, told):
-            records = gguf_records(found, form)
+            records = gguf_records(found, mix)
             metadata = vocabulary(found.config.vocab_size)
-            size = write_gguf_model(path, found.config, metadata, records, progress)
+            size = write_gguf_model(path, found.config, metadata, mix, records, progress)
             return Moved(*told, found.config, size)
 
 

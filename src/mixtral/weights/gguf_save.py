@@ -10,57 +10,36 @@ import torch
 from torch import Tensor
 
 from mixtral.config import MixtralConfig
-from mixtral.errors import CheckpointError, ConfigError
-from mixtral.quant.blocks import encode
+from mixtral.errors import CheckpointError
+from mixtral.quant.encode import encode_rows
+from mixtral.quant.formats import FORMATS
+from mixtral.quant.mixes import MIXES, Mix
 from mixtral.weights.commit import Commit
 from mixtral.weights.gguf_model import to_metadata
 from mixtral.weights.gguf_write import GgufRecord, write_gguf
 from mixtral.weights.matrices import Matrices
-from mixtral.weights.names import Piece, is_router, tensors
+from mixtral.weights.names import Piece, is_router, layer_of, tensors
 
-__all__ = ["FORMS", "checked_format", "gguf_records", "write_gguf_model"]
-
-# What a user calls it -> the format of the matrices, and llama.cpp's number for such a file (``llama_ftype``).
-FORMS: Mapping[str, tuple[str, int]] = {
-    "f32": ("F32", 0),
-    "f16": ("F16", 1),
-    "bf16": ("BF16", 32),
-    "q8_0": ("Q8_0", 7),
-    "q4_0": ("Q4_0", 2),
-    "q4_1": ("Q4_1", 3),
-    "q5_0": ("Q5_0", 8),
-    "q5_1": ("Q5_1", 9),
-}
-_FILE_TYPES = {name: number for name, number in FORMS.values()}
+__all__ = ["gguf_records", "write_gguf_model"]
 
 
-def checked_format(form: str | None) -> str | None:
-    """The form, if there is one of that name.
+def gguf_records(source: Matrices, mix: Mix | None) -> list[GgufRecord]:
+    """Every tensor of the file, in order; nothing is read yet. Without a mix every matrix keeps its format.
 
     Raises:
-        ConfigError: there is none.
+        CheckpointError: matrices that share a tensor in the file have several formats, and no mix was chosen; or
+            their rows do not divide into its blocks.
     """
-    if form is not None and form not in FORMS:
-        raise ConfigError(f"format is {form!r}; expected one of {', '.join(FORMS)}", param="format")
-    return form
+    return [_record(source, tensor, mix) for tensor in tensors(source.config, "gguf")]
 
 
-def gguf_records(source: Matrices, form: str | None) -> list[GgufRecord]:
-    """Every tensor of the file, in order; nothing is read yet.
-
-    Raises:
-        CheckpointError: matrices that share a tensor in the file have several formats, and no form was chosen.
-    """
-    return [_record(source, tensor, form) for tensor in tensors(source.config, "gguf")]
-
-
-def _record(source: Matrices, tensor: Sequence[Piece], form: str | None) -> GgufRecord:
+def _record(source: Matrices, tensor: Sequence[Piece], mix: Mix | None) -> GgufRecord:
     first = tensor[0]
     found = source.formats(tensor)
-    if len(first.tensor_shape) == 1 or is_router(first.parameter):
+    if mix is not None:
+        chosen = mix.of(first.parameter, layer_of(first.parameter), source.config.num_hidden_layers)
+    elif len(first.tensor_shape) == 1 or is_router(first.parameter):
         chosen = "F32"
-    elif form is not None:
-        chosen = FORMS[form][0]
     elif len(found) == 1:
         chosen = next(iter(found))
     else:
@@ -68,6 +47,10 @@ def _record(source: Matrices, tensor: Sequence[Piece], form: str | None) -> Gguf
             f"{first.name!r} would be made of {', '.join(sorted(found))}; choose one format for the result",
             param="format",
         )
+    try:
+        FORMATS[chosen].size_bytes(first.tensor_shape)
+    except CheckpointError as error:
+        raise CheckpointError(f"{first.name!r}: {error}; choose a format with smaller blocks, such as q8_0") from None
     return GgufRecord(
         first.name, chosen, first.tensor_shape, lambda: _parts(source, tensor, chosen, same=found == {chosen})
     )
@@ -76,13 +59,19 @@ def _record(source: Matrices, tensor: Sequence[Piece], form: str | None) -> Gguf
 def _parts(source: Matrices, tensor: Sequence[Piece], form: str, *, same: bool) -> Iterator[Tensor]:
     for piece in tensor:
         rows = source.blocks(piece) if same else None
-        yield encode(source.values(piece, torch.float32), form) if rows is None else rows
+        yield encode_rows(_two(source.values(piece, torch.float32)), form) if rows is None else rows
+
+
+def _two(values: Tensor) -> Tensor:
+    """A vector as a matrix of one row."""
+    return values.view(-1, values.shape[-1])
 
 
 def write_gguf_model(
     path: Path,
     config: MixtralConfig,
     vocabulary: Mapping[str, Any],
+    mix: Mix | None,
     records: Sequence[GgufRecord],
     progress: Callable[[int, int], None],
 ) -> int:
@@ -91,14 +80,11 @@ def write_gguf_model(
     Raises:
         OSError: it cannot be written.
     """
-    counts: dict[str, int] = {}
-    for item in records:
-        if len(item.shape) > 2:  # the experts, which are nearly all of the file
-            counts[item.format] = counts.get(item.format, 0) + item.size_bytes
     metadata = to_metadata(config, path.stem)
-    kind = max(counts, key=lambda name: counts[name])
-    if kind in _FILE_TYPES:
-        metadata["general.file_type"] = _FILE_TYPES[kind]
+    formats = {item.format for item in records if len(item.shape) > 2}  # of the experts, nearly all of the file
+    kinds = [mix.file_type] if mix else [one.file_type for one in MIXES.values() if {one.base} == formats][:1]
+    if kinds:
+        metadata["general.file_type"] = kinds[0]
     with Commit(path.parent) as commit:
         write_gguf(commit.path(path.name), {**metadata, **vocabulary}, records, progress=progress)
         commit.finish()

@@ -33,6 +33,7 @@ __all__ = [
     "detect_layout",
     "highest",
     "is_router",
+    "layer_of",
     "parameter_shapes",
     "pieces",
     "tensors",
@@ -225,6 +226,12 @@ class Piece:
         if self.order == "same":
             return values
         return values.view(self.heads, 2, -1, values.shape[-1]).transpose(1, 2).reshape(values.shape)
+
+
+def layer_of(parameter: str) -> int:
+    """The layer of one of our parameters; 0 for those outside the layers."""
+    match = _LAYER.match(parameter)
+    return int(match.group(1)) if match else 0
 
 
 def is_router(parameter: str) -> bool:

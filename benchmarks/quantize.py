@@ -1,0 +1,113 @@
+"""Time and memory of quantising full-width 8x7B layers, beside llama.cpp's quantiser on the same file and threads.
+
+    python benchmarks/quantize.py --folder DIR                       # 4 layers: 12.1 GB in float16, made once in DIR
+    python benchmarks/quantize.py --folder DIR --layers 1 --peer PYTHON
+
+PYTHON is an interpreter that has llama-cpp-python. Every measurement is a process of its own: seconds from start to the
+file on the disk, imports included, and the highest resident memory. Mapped files count as memory in the peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from mixtral.config import preset
+from mixtral.tokenizer import Tokenizer, gguf_vocabulary
+from mixtral.weights.gguf_model import to_metadata
+from mixtral.weights.gguf_write import GgufRecord, write_gguf
+from mixtral.weights.names import Piece, is_router, tensors
+
+PEER = """
+import sys, llama_cpp
+params = llama_cpp.llama_model_quantize_default_params()
+params.nthread, params.ftype = int(sys.argv[4]), getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + sys.argv[3].upper())
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))
+"""
+
+
+def make(path: Path, layers: int) -> None:
+    """A float16 file of the width of 8x7B with random weights, a matrix at a time."""
+    config = preset("8x7b").replace(num_hidden_layers=layers)
+    generator = torch.Generator().manual_seed(0)
+
+    def values(pieces: list[Piece]) -> Iterator[Tensor]:
+        for piece in pieces:
+            wide = torch.randn(piece.shape, generator=generator).mul_(0.02)
+            plain = len(piece.shape) == 1 or is_router(piece.parameter)
+            yield (wide if plain else wide.half()).view(torch.uint8)
+
+    records = []
+    for pieces in tensors(config, "gguf"):
+        first = pieces[0]
+        form = "F32" if len(first.tensor_shape) == 1 or is_router(first.parameter) else "F16"
+        records.append(GgufRecord(first.name, form, first.tensor_shape, lambda p=pieces: values(p)))  # type: ignore[misc]
+    metadata = {**to_metadata(config, "random"), "general.file_type": 1}
+    write_gguf(path, {**metadata, **gguf_vocabulary(Tokenizer.from_version("v1"))}, records)
+
+
+def measure(name: str, command: list[str], target: Path, gigabytes: float) -> None:
+    """Run a command; print its seconds, the speed by the size of its input, and its highest resident memory."""
+    target.unlink(missing_ok=True)
+    started = time.perf_counter()
+    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, process.memory_info().rss)
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(0.02)
+    seconds = time.perf_counter() - started
+    if process.wait() != 0:
+        raise SystemExit(f"{name} failed:\n{process.stderr.read().decode()[-2000:]}")
+    size = target.stat().st_size / 1e9 if target.is_file() else sum(f.stat().st_size for f in target.iterdir()) / 1e9
+    print(
+        f"{name:24} {seconds:8.1f} s {gigabytes / seconds:6.3f} GB/s read, {size:6.2f} GB written, "
+        f"peak {peak / 1e6:7.0f} MB",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--format", default="q4_k_m")
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--peer", help="an interpreter with llama-cpp-python")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    source = options.folder / f"random-{options.layers}.f16.gguf"
+    if not source.exists():
+        make(source.with_suffix(".part"), options.layers)
+        os.replace(source.with_suffix(".part"), source)
+    gigabytes, threads = source.stat().st_size / 1e9, len(os.sched_getaffinity(0))
+    print(f"{source.name}: {gigabytes:.2f} GB to {options.format}, {threads} threads", flush=True)
+    ours, theirs, back = (options.folder / name for name in ("ours.gguf", "theirs.gguf", "back"))
+    command = [sys.executable, "-m", "mixtral"]
+    for _ in range(options.turns):
+        measure(
+            "mixtral quantize",
+            [*command, "quantize", str(source), str(ours), "--format", options.format],
+            ours,
+            gigabytes,
+        )
+        if options.peer:
+            arguments = [options.peer, "-c", PEER, str(source), str(theirs), options.format, str(threads)]
+            measure("llama.cpp", arguments, theirs, gigabytes)
+    hf = [*command, "convert", str(ours), str(back), "--to", "hf-per-expert", "--dtype", "bfloat16", "--overwrite"]
+    measure("mixtral convert (back)", hf, back, ours.stat().st_size / 1e9) if not back.exists() else None
+
+
+if __name__ == "__main__":
+    main()
