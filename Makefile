@@ -1,4 +1,4 @@
-# `make serve` and `make test` are all a fresh clone needs. The first call builds .venv; a changed pyproject.toml rebuilds it.
+# `make serve` and `make test` are all a fresh clone needs. The first call builds .venv; a changed pyproject.toml or C++ file rebuilds it.
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -26,11 +26,13 @@ $(VENV)/.torch:
 	$(BIN)/pip install torch==2.13.0
 	@touch $@
 
-$(VENV)/.run: pyproject.toml $(VENV)/.torch
+NATIVE := $(shell find native -type f)
+
+$(VENV)/.run: pyproject.toml $(NATIVE) $(VENV)/.torch
 	$(BIN)/pip install -e .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+$(VENV)/.dev: pyproject.toml $(NATIVE) $(VENV)/.torch
 	$(BIN)/pip install -e '.[dev]'
 	@touch $@ $(VENV)/.run
 

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -59,17 +58,11 @@ def measure(name: str, command: list[str], target: Path, gigabytes: float) -> No
     """Run a command; print its seconds, the speed by the size of its input, and its highest resident memory."""
     target.unlink(missing_ok=True)
     started = time.perf_counter()
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, process.memory_info().rss)
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.02)
-    seconds = time.perf_counter() - started
-    if process.wait() != 0:
-        raise SystemExit(f"{name} failed:\n{process.stderr.read().decode()[-2000:]}")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds, peak = time.perf_counter() - started, usage.ru_maxrss * 1024
+    if status:
+        raise SystemExit(f"{name} failed: {' '.join(command)}")
     size = target.stat().st_size / 1e9 if target.is_file() else sum(f.stat().st_size for f in target.iterdir()) / 1e9
     print(
         f"{name:24} {seconds:8.1f} s {gigabytes / seconds:6.3f} GB/s read, {size:6.2f} GB written, "

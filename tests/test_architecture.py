@@ -30,7 +30,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "tokenizer": (set(), {"mistral_common", "sentencepiece"}),
     "ops": (set(), {"torch", "numpy"}),
     "model": ({"ops"}, {"torch"}),
-    "quant": ({"model", "ops"}, {"torch", "numpy", "gguf"}),
+    "quant": ({"model", "ops", "_native"}, {"torch", "numpy", "gguf"}),
     "weights": ({"model", "ops", "quant"}, {"torch", "numpy", "safetensors"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy"}),
     "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic"}),
@@ -42,7 +42,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
 }
 FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
-OTHER_PART_LINES = {"tokenizer": 1000, "weights": 3200}  # weights reads some ten layouts
+OTHER_PART_LINES = {"tokenizer": 1000, "weights": 3200, "quant": 2600}  # weights reads some ten layouts
 MAY_PRINT = ("cli/output.py",)
 MAY_READ_ENVIRONMENT = ("parallel/mesh.py", "parallel/ray.py")
 MAY_NAME_CUDA = ("ops/cuda.py", "ops/triton.py", "engine/graphs.py", "parallel/mesh.py", "offload/store.py")
