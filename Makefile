@@ -14,7 +14,7 @@ FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve chat test test-slow test-all lint format bench map
+.PHONY: help install dev serve chat test test-slow test-all test-peers lint format bench map
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -47,13 +47,17 @@ chat: $(VENV)/.run  ## chat in the terminal
 	$(BIN)/mixtral chat $(ARGS)
 
 test: $(VENV)/.dev  ## the default tests
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow and not peers" $(ARGS)
 
 test-slow: $(VENV)/.dev  ## only the tests marked slow
 	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 test-all: $(VENV)/.dev  ## every test
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not peers" $(ARGS)
+
+test-peers: $(VENV)/.dev  ## tests against llama.cpp, which is compiled first (10 minutes)
+	$(BIN)/pip install llama-cpp-python --no-binary llama-cpp-python
+	$(BIN)/python -m pytest -m peers $(ARGS)
 
 lint: $(VENV)/.dev  ## style, format, types, spelling
 	$(BIN)/ruff check $(CODE)

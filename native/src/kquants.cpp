@@ -72,7 +72,7 @@ void default_weights(Tile<Form>& t) {
     for (int i = 0; i < Form::Values; ++i) squares = squares + load(&t.x[i][g]) * load(&t.x[i][g]);
     Row root;
     store(&root[0], squares / static_cast<float>(Form::Values));
-    for (int lane = 0; lane < kWidth; ++lane) root[lane] = 2.0f * __builtin_sqrtf(root[lane]);
+    for (int lane = 0; lane < kWidth; ++lane) root[lane] = 0.125f * __builtin_sqrtf(root[lane]);
     for (int i = 0; i < Form::Values; ++i) store(&t.w[i][g], load(&root[0]) + size_of(load(&t.x[i][g])));
   }
 }

@@ -35,9 +35,9 @@ LEAST_IMPORTANCE, NO_IMPORTANCE = np.float32(2.0**-20), np.float32(2.0**-100)
 def encode_k(values: npt.NDArray[np.float32], name: str, importance: npt.NDArray[np.float32] | None = None) -> Bytes:
     """Encode rows [rows, N] as blocks of one of `K_FORMATS`: uint8 [rows, N / 256 * bytes of a block].
 
-    Without ``importance`` an error counts twice the root mean square of its sub-block plus the size of its value: large
-    values count more, while the plain error stays low. ``importance`` [N] >= 0 takes the place of these weights: for
-    a linear layer the mean square of each input.
+    Without ``importance`` an error counts as the size of its value plus an eighth of the root mean square of its
+    sub-block: on the embedded model this gave a lower divergence than larger shares, though a higher plain error.
+    ``importance`` [N] >= 0 takes the place of these weights: for a linear layer the mean square of each input.
 
     Raises:
         ConfigError: no such K-quant.
@@ -111,7 +111,7 @@ def _encode_blocks(blocks: Floats, importance: Floats | None, name: str) -> tupl
     scaled = blocks * np.where(reachable & (largest >= NOTHING), unit, np.float32(0))[:, None]
     x = np.ascontiguousarray(scaled.reshape(-1, form.values).T)
     if importance is None:
-        w = np.float32(2) * np.sqrt(total(x * x) / np.float32(form.values)) + np.abs(x)
+        w = np.float32(0.125) * np.sqrt(total(x * x) / np.float32(form.values)) + np.abs(x)
     else:
         peak = importance.max(axis=1)
         scaled = importance * np.where(peak >= NO_IMPORTANCE, _unit(peak, NO_IMPORTANCE), np.float32(0))[:, None]

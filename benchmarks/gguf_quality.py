@@ -1,0 +1,93 @@
+"""What each GGUF format costs on the embedded model, quantised by us and by llama.cpp from the same float16 file.
+
+    python benchmarks/gguf_quality.py --peer PYTHON [--tokens 3000]
+
+PYTHON is an interpreter that has llama-cpp-python. Both files are run by our reference path in float32, on held-out
+documents of the town desk. Prints a table: file size, perplexity, Kullback-Leibler divergence from the float16 file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import mixtral
+from mixtral.api import folder_of
+from mixtral.desk.write import document
+from mixtral.evaluate.divergence import Comparison, compare
+from mixtral.tokenizer import Tokenizer, gguf_vocabulary
+from mixtral.train.data import encode_document
+from mixtral.weights.convert import convert_to_gguf
+from quantize import PEER
+
+FORMS = ("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q3_k_s", "q2_k")
+
+
+def write(source: Path, target: Path, form: str) -> None:
+    """Quantise with our encoders."""
+    convert_to_gguf(
+        source,
+        target,
+        form=form,
+        vocabulary=lambda size: gguf_vocabulary(Tokenizer.for_vocab_size(size)),
+        overwrite=True,
+    )
+
+
+def documents(tokens: int) -> list[list[int]]:
+    """Held-out documents with about as many tokens together, spelled as the embedded model wants it."""
+    tokenizer = mixtral.load("embedded").tokenizer
+    found: list[list[int]] = []
+    while sum(map(len, found)) < tokens:
+        found.append(encode_document(tokenizer, document(3, "test", len(found)))[0])
+    return found
+
+
+def logits(path: Path, texts: list[list[int]]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Logits after each token of each document, one after the other."""
+    llm = mixtral.load(path, dtype="float32")
+    return torch.cat([llm.logits(ids) for ids in texts]).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", required=True)
+    parser.add_argument("--tokens", type=int, default=3000)
+    options = parser.parse_args()
+    texts = documents(options.tokens)
+    ids = [i for text in texts for i in text]
+    print(f"{len(texts)} documents, {len(ids):,} tokens; ours | llama.cpp")
+    print("| format | MB | perplexity | KL, mean | KL, 99 % | same top token |\n|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = folder / "source.gguf"
+        write(folder_of("embedded"), source, "f16")
+        before = logits(source, texts)
+        for form in FORMS:
+            ours, theirs = folder / "ours.gguf", folder / "theirs.gguf"
+            write(source, ours, form)
+            command = [options.peer, "-c", PEER, str(source), str(theirs), form, "2"]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            found = [(path.stat().st_size, compare(before, logits(path, texts), ids)) for path in (ours, theirs)]
+            print(f"| {form} | " + " | ".join(" / ".join(cell) for cell in zip(*map(cells, found), strict=True)) + " |")
+
+
+def cells(measured: tuple[int, Comparison]) -> list[str]:
+    """The columns of one file."""
+    size, found = measured
+    return [
+        f"{size / 1e6:.2f}",
+        f"{found.perplexity[1]:.4f}",
+        f"{found.kl_mean:.6f}",
+        f"{found.kl_99:.5f}",
+        f"{100 * found.same_top:.2f} %",
+    ]
+
+
+if __name__ == "__main__":
+    main()
