@@ -374,7 +374,7 @@ def load(
         if not 1 <= threads <= 1024:
             raise ConfigError(f"threads is {threads!r}; expected 1 to 1024", param="threads")
         torch.set_num_threads(threads)
-    name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name)
+    name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind)
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
