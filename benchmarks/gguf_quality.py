@@ -20,7 +20,7 @@ import mixtral
 from mixtral.api import folder_of
 from mixtral.desk.write import document
 from mixtral.evaluate.divergence import Comparison, compare
-from mixtral.tokenizer import Tokenizer, gguf_vocabulary
+from mixtral.tokenizer import gguf_vocabulary
 from mixtral.train.data import encode_document
 from mixtral.weights.convert import convert_to_gguf
 from quantize import PEER
@@ -34,7 +34,7 @@ def write(source: Path, target: Path, form: str) -> None:
         source,
         target,
         form=form,
-        vocabulary=lambda size: gguf_vocabulary(Tokenizer.for_vocab_size(size)),
+        vocabulary=gguf_vocabulary,
         overwrite=True,
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 import mixtral
 from mixtral.api import folder_of
-from mixtral.tokenizer import Tokenizer, gguf_vocabulary
+from mixtral.tokenizer import gguf_vocabulary
 from mixtral.weights.convert import convert_to_gguf
 from mixtral.weights.gguf import read_gguf
 
@@ -24,7 +24,7 @@ def write(path: Path, form: str) -> Path:
         folder_of("embedded"),
         path,
         form=form,
-        vocabulary=lambda size: gguf_vocabulary(Tokenizer.for_vocab_size(size)),
+        vocabulary=gguf_vocabulary,
     )
     return path
 

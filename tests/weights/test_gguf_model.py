@@ -187,6 +187,24 @@ def test_parts(model: Mixtral, tmp_path: Path) -> None:
         load_model(tmp_path, device="cpu")
 
 
+def test_which_files_of_a_folder_count(model: Mixtral, tmp_path: Path) -> None:
+    """Repositories of GGUF files often hold a config.json, which says nothing then; Mistral's files win over GGUF."""
+    from mixtral.weights import pieces_of, save_model
+
+    path = write(tmp_path / "m.gguf", tensors(model, "gguf"), lambda name: "F32")
+    (tmp_path / "config.json").write_text("{}")
+    assert same(load_model(tmp_path, device="cpu"), model)
+    (tmp_path / "config.json").unlink()
+    other = Mixtral(CONFIG, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(0.5)
+    save_model(other, tmp_path, layout="consolidated", overwrite=True)
+    path.with_name("n.gguf").write_bytes(path.read_bytes())
+    assert same(load_model(tmp_path, device="cpu"), other)
+    assert pieces_of(tmp_path) is None
+
+
 def test_conversion_out_of_gguf(model: Mixtral, tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", tensors(model, "gguf"), lambda name: "F32" if "norm" in name else "F16")
     for layout in ("per-expert", "fused", "consolidated"):

@@ -219,9 +219,17 @@ def _damage(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     torch.save(values, path)
 
 
+def _set_zip_version(path: Path) -> None:
+    """The version of the format that the first entry of the directory asks for: one that does not exist."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 200
+    path.write_bytes(content)
+
+
 BAD_ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-3000]), "truncated, or not a zip archive"),
     "empty": (lambda p: p.write_bytes(b""), "truncated, or not a zip archive"),
+    "zip of the future": (_set_zip_version, r"not a zip archive as torch writes it \(zip file version 20\.0\)"),
     "a list": (lambda p: torch.save([1], p), "holds list; expected a dictionary"),
     "a number": (lambda p: _damage(p, lambda v: v.update(x=3)), "'x' is int; expected a named tensor"),
     "another tensor": (lambda p: _damage(p, lambda v: v.update(x=torch.ones(1))), "unexpected 'x'"),

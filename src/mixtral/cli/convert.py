@@ -31,7 +31,7 @@ def run(
     """Write a checkpoint in another layout; values stay bit for bit, unless --dtype or --format rounds them."""
     from mixtral.api import folder_of
     from mixtral.errors import ConfigError
-    from mixtral.tokenizer import Tokenizer, gguf_vocabulary
+    from mixtral.tokenizer import gguf_vocabulary
     from mixtral.weights import dtype_of
     from mixtral.weights.convert import convert, convert_to_gguf
     from mixtral.weights.upgrade import VOCABULARIES
@@ -51,7 +51,7 @@ def run(
                 folder_of(source),
                 target,
                 form=form,
-                vocabulary=lambda size: gguf_vocabulary(Tokenizer.for_vocab_size(size)),
+                vocabulary=gguf_vocabulary,
                 vocab_size=wanted,
                 unpickle=unpickle,
                 overwrite=overwrite,

@@ -26,7 +26,7 @@ def run(
     from mixtral.api import folder_of
     from mixtral.errors import RequestError
     from mixtral.plan import count_parameters
-    from mixtral.tokenizer import Tokenizer, gguf_vocabulary
+    from mixtral.tokenizer import gguf_vocabulary
     from mixtral.weights.convert import convert_to_gguf
 
     text = None
@@ -43,7 +43,7 @@ def run(
             folder_of(source),
             target,
             form=form,
-            vocabulary=lambda size: gguf_vocabulary(Tokenizer.for_vocab_size(size)),
+            vocabulary=gguf_vocabulary,
             unpickle=unpickle,
             overwrite=overwrite,
             progress=progress,

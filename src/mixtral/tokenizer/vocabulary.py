@@ -19,12 +19,17 @@ _TURNS = (
 )
 
 
-def gguf_vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The keys ``tokenizer.*`` of a GGUF file (ggml's ``docs/gguf.md``): pieces, scores, types, special ids, template.
+def gguf_vocabulary(vocab_size: int) -> dict[str, Any]:
+    """The keys ``tokenizer.*`` of a GGUF file (ggml's ``docs/gguf.md``) for a model with that many token ids: pieces,
+    scores, types, special ids, template.
 
     The template holds user and assistant turns only; the program that reads it encodes them less exactly than we do.
+
+    Raises:
+        TokenizerError: no vocabulary of Mixtral has that size.
     """
-    ids = range(tokenizer.vocab_size)
+    tokenizer = Tokenizer.for_vocab_size(vocab_size)
+    ids = range(vocab_size)
     end, space = (" [/INST]", "") if tokenizer.version == "v1" else ("[/INST]", " ")
     return {
         "tokenizer.ggml.model": "llama",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mixtral.weights.checkpoint import pieces_of
 from mixtral.weights.compact import Compact, is_compact, load_compact, save_compact
-from mixtral.weights.gguf_model import find_gguf, pieces_of
+from mixtral.weights.gguf_model import find_gguf
 from mixtral.weights.load import dtype_of, load_model
 from mixtral.weights.save import save_model
 

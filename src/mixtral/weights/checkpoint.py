@@ -24,7 +24,15 @@ from mixtral.weights.hf import INDEX_NAME, SINGLE_NAME, inside, read_checkpoint
 from mixtral.weights.names import DOWN, EMBEDDING, TABLE, Layout, Piece, detect_layout, highest, pieces, why_refused
 from mixtral.weights.read import Entry
 
-__all__ = ["FLOAT_DTYPES", "Checkpoint", "open_checkpoint", "read_any_config", "read_folder_config", "unchanged"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "Checkpoint",
+    "open_checkpoint",
+    "pieces_of",
+    "read_any_config",
+    "read_folder_config",
+    "unchanged",
+]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 LISTED = 20
@@ -85,9 +93,7 @@ def _kind(path: Path) -> Path | Literal["consolidated", "hugging face"]:
         return "hugging face"
     if any(path.glob(f"{STEM}*.safetensors*")) or pickled_files(path):
         return "consolidated"
-    if path.is_file() or not (path / "config.json").exists():
-        return find_gguf(path) or "hugging face"
-    return "hugging face"
+    return find_gguf(path) or "hugging face"
 
 
 def read_any_config(path: Path) -> MixtralConfig:
@@ -96,6 +102,13 @@ def read_any_config(path: Path) -> MixtralConfig:
     if isinstance(kind, Path):
         return config_from_gguf(read_gguf(kind), kind.name)
     return read_params(path) if kind == "consolidated" else read_folder_config(path)
+
+
+def pieces_of(path: Path) -> list[str] | None:
+    """The vocabulary in the GGUF file that a path means; None if other files count, or it holds none."""
+    kind = _kind(path)
+    tokens = read_gguf(kind).metadata.get("tokenizer.ggml.tokens") if isinstance(kind, Path) else None
+    return tokens if isinstance(tokens, list) else None
 
 
 def read_folder_config(folder: Path) -> MixtralConfig:

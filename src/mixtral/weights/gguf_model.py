@@ -12,9 +12,9 @@ import numpy as np
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.weights.gguf import MAGIC, Gguf, read_gguf
+from mixtral.weights.gguf import MAGIC, Gguf
 
-__all__ = ["config_from_gguf", "find_gguf", "pieces_of", "to_metadata"]
+__all__ = ["config_from_gguf", "find_gguf", "to_metadata"]
 
 _KEYS: Mapping[str, str] = {
     "llama.embedding_length": "hidden_size",
@@ -83,13 +83,6 @@ def config_from_gguf(found: Gguf, source: str) -> MixtralConfig:
             stacklevel=2,
         )
     return MixtralConfig.from_dict(values, source=source)
-
-
-def pieces_of(path: Path) -> list[str] | None:
-    """The vocabulary in the GGUF file that a path means; None if it is no such file, or has none."""
-    found = None if (path / "config.json").exists() else find_gguf(path)
-    tokens = read_gguf(found).metadata.get(_TOKENS) if found else None
-    return tokens if isinstance(tokens, list) else None
 
 
 def _number(value: Any, key: str, source: str) -> Any:

@@ -72,7 +72,7 @@ def _checked_archive(path: Path) -> int:
             members = archive.infolist()
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror})") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever the reader of zip archives makes of a damaged or hostile one
         raise CheckpointError(f"{path.name}: truncated, or not a zip archive as torch writes it ({error})") from None
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
