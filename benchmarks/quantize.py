@@ -101,7 +101,8 @@ def main() -> None:
     parser.add_argument("--peer", help="an interpreter with llama-cpp-python")
     options = parser.parse_args()
     if options.encoders:
-        return measure_encoders()
+        measure_encoders()
+        return
     if options.folder is None:
         parser.error("--folder or --encoders is needed")
     options.folder.mkdir(parents=True, exist_ok=True)

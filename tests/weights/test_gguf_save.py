@@ -201,6 +201,17 @@ def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
+def test_files_of_other_models_are_left_alone(folder: Path, tmp_path: Path) -> None:
+    """What a killed save left of another model may be all that there is of it."""
+    others = [".other.gguf.replaced1", ".other.gguf.partial", ".model.safetensors.partial", "other.gguf"]
+    for name in (*others, ".m[1].gguf.replaced1", ".m[1].gguf.partial"):
+        (tmp_path / name).write_text("theirs")
+    for _ in range(2):
+        convert_to_gguf(folder, tmp_path / "m[1].gguf", vocabulary=no_words, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "m[1].gguf"}
+    assert all((tmp_path / name).read_text() == "theirs" for name in others)
+
+
 def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
     model = Mixtral(CONFIG.replace(hidden_size=64, intermediate_size=96, head_dim=16), dtype=torch.float32)
     with torch.no_grad():

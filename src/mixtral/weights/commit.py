@@ -9,6 +9,7 @@ back. So the complete old or the complete new files are on the disk at every mom
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import os
@@ -23,14 +24,21 @@ from mixtral.errors import CheckpointError
 __all__ = ["Commit", "fingerprint", "flush", "interrupted"]
 
 
-_REPLACED, _PARTIAL_WEIGHTS = ".*.replaced[0-9]*", ".model*.partial"
+_PARTIAL_WEIGHTS = ".model*.partial"
 
 
 class Commit:
-    """Files to be written to a folder together. Leaving the context without ``finish`` removes what was written."""
+    """Files to be written to a folder together. Leaving the context without ``finish`` removes what was written.
 
-    def __init__(self, folder: Path) -> None:
+    ``finish`` also deletes what killed saves left in the folder, which holds one model; where it holds others too,
+    ``only`` is the name of the one file to be written, and nothing of the others is touched.
+    """
+
+    def __init__(self, folder: Path, *, only: str | None = None) -> None:
         self.folder = folder
+        name = "*" if only is None else glob.escape(only)
+        self._replaced = f".{name}.replaced[0-9]*"
+        self._left = (self._replaced, _PARTIAL_WEIGHTS if only is None else f".{name}.partial")
         self._names: list[str] = []
         self._moves: list[tuple[Path, Path]] = []
         self._keep = False
@@ -66,7 +74,7 @@ class Commit:
             flush(self._partial(name))
         flush(self.folder)
         if os.path.lexists(self.folder / last):
-            self._delete(_REPLACED)  # of a save that was killed when its new files were in place
+            self._delete(self._replaced)  # of a save that was killed when its new files were in place
         try:
             # Each flush keeps a crash of the machine from reordering the renames before it and those after it.
             self._set_aside(last)
@@ -81,7 +89,7 @@ class Commit:
         except BaseException as error:
             self._put_back(error)
             raise
-        self._delete(_REPLACED, _PARTIAL_WEIGHTS)
+        self._delete(*self._left)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f".{name}.partial"

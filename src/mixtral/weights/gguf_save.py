@@ -85,7 +85,7 @@ def write_gguf_model(
     kinds = [mix.file_type] if mix else [one.file_type for one in MIXES.values() if {one.base} == formats][:1]
     if kinds:
         metadata["general.file_type"] = kinds[0]
-    with Commit(path.parent) as commit:
+    with Commit(path.parent, only=path.name) as commit:
         write_gguf(commit.path(path.name), {**metadata, **vocabulary}, records, progress=progress)
         commit.finish()
     return sum(item.size_bytes for item in records)
