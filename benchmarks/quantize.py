@@ -27,7 +27,7 @@ from mixtral.config import preset
 from mixtral.quant import native
 from mixtral.tokenizer import gguf_vocabulary
 from mixtral.weights.gguf_model import to_metadata
-from mixtral.weights.gguf_write import GgufRecord, write_gguf
+from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.weights.names import Piece, is_router, tensors
 
 PEER = """

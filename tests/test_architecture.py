@@ -31,7 +31,8 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "ops": (set(), {"torch", "numpy"}),
     "model": ({"ops"}, {"torch"}),
     "quant": ({"model", "ops", "_native"}, {"torch", "numpy", "gguf"}),
-    "weights": ({"model", "ops", "quant"}, {"torch", "numpy", "safetensors"}),
+    "files": ({"quant"}, {"torch", "numpy"}),
+    "weights": ({"model", "ops", "quant", "files"}, {"torch", "numpy", "safetensors"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy"}),
     "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic"}),
     "train": ({"model", "ops", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
@@ -42,14 +43,14 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
 }
 FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
-OTHER_PART_LINES = {"tokenizer": 1000, "weights": 3400, "quant": 2600}  # weights reads some ten layouts
+OTHER_PART_LINES = {"tokenizer": 1000, "quant": 2800}
 MAY_PRINT = ("cli/output.py",)
 MAY_READ_ENVIRONMENT = ("parallel/mesh.py", "parallel/ray.py")
 MAY_NAME_CUDA = ("ops/cuda.py", "ops/triton.py", "engine/graphs.py", "parallel/mesh.py", "offload/store.py")
 MAY_START_THREADS = ("server/", "engine/loop.py", "offload/store.py", "train/checkpoint.py")
-NO_ASSERT = ("server/", "wire/", "weights/", "tokenizer/", "grammar/")
+NO_ASSERT = ("server/", "wire/", "files/", "weights/", "tokenizer/", "grammar/")
 PICKLES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "_pickle"}
-MAY_UNPICKLE = ("weights/pth.py",)  # with weights_only, behind an explicit option
+MAY_UNPICKLE = ("files/pth.py",)  # with weights_only, behind an explicit option
 PICKLING_CALLS = {
     *("torch.load", "torch.save", "gather_object", "all_gather_object"),
     *("broadcast_object_list", "scatter_object_list"),
@@ -335,8 +336,8 @@ DETECTORS: dict[Callable[[Source], Iterator[str]], list[tuple[str, str]]] = {
         ("ops/x.py", "exec('1')"),
         ("ops/x.py", "subprocess.run('ls', shell=True)"),
         ("weights/x.py", "torch.load(path, weights_only=True)"),
-        ("weights/pth.py", "torch.load(path)"),
-        ("weights/pth.py", "torch.load(path, weights_only=False)"),
+        ("files/pth.py", "torch.load(path)"),
+        ("files/pth.py", "torch.load(path, weights_only=False)"),
         ("weights/x.py", "from torch import load"),
         ("ops/x.py", "torch.distributed.broadcast_object_list(x)"),
         ("ops/x.py", "np.load(path, allow_pickle=True)"),

@@ -149,8 +149,8 @@ def test_bad_folders(folder: Path, tmp_path: Path, capsys: Capture) -> None:
 def test_gguf_holds_the_vocabulary(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     """D2, D5: the tokens are compared with those of Mixtral; other words for the ids are refused."""
     from mixtral.errors import TokenizerError
-    from mixtral.weights.gguf import read_gguf
-    from mixtral.weights.gguf_write import GgufRecord, write_gguf
+    from mixtral.files.gguf import read_gguf
+    from mixtral.files.gguf_write import GgufRecord, write_gguf
 
     path = tmp_path / "town.gguf"
     assert main(["convert", str(folder), str(path), "--to", "gguf"]) == 0

@@ -10,9 +10,9 @@ import pytest
 
 import mixtral
 from mixtral.api import folder_of
+from mixtral.files.gguf import read_gguf
 from mixtral.tokenizer import gguf_vocabulary
 from mixtral.weights.convert import convert_to_gguf
-from mixtral.weights.gguf import read_gguf
 
 pytestmark = pytest.mark.peers
 PROMPTS = ("The Maritime Museum opens at", "Das Uhrenmuseum", "Where is the Castle?")

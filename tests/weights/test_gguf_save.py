@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
+from mixtral.files.gguf import read_gguf
+from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.model.mixtral import Mixtral
 from mixtral.quant.mixes import MIXES, mix_of
 from mixtral.weights.convert import convert, convert_to_gguf
-from mixtral.weights.gguf import read_gguf
-from mixtral.weights.gguf_write import GgufRecord, write_gguf
 from mixtral.weights.load import load_model
 from mixtral.weights.names import layer_of, tensors
 from mixtral.weights.save import save_model

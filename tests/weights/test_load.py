@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError, MixtralError
+from mixtral.files.safetensors import SINGLE_NAME
 from mixtral.model.mixtral import Mixtral
-from mixtral.weights.hf import SINGLE_NAME
 from mixtral.weights.load import load_model
 from mixtral.weights.names import Layout, is_router
 from mixtral.weights.save import save_model

@@ -15,8 +15,8 @@ from transformers.utils import logging as peer_logging
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
+from mixtral.files.safetensors import INDEX_NAME, SINGLE_NAME
 from mixtral.model.mixtral import Mixtral
-from mixtral.weights.hf import INDEX_NAME, SINGLE_NAME
 from mixtral.weights.load import load_model
 from mixtral.weights.names import Layout
 from mixtral.weights.save import save_model

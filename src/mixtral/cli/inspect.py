@@ -109,10 +109,10 @@ def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[s
 
 def _files(folder: Path, unpickle: bool) -> dict[str, Any]:
     """Layout, tensors, dtypes and sizes, from the headers alone; empty for a folder with a config only."""
+    from mixtral.files.read import Entry
+    from mixtral.files.safetensors import SINGLE_NAME, inside, read_header
     from mixtral.weights import find_gguf, is_compact
     from mixtral.weights.checkpoint import open_checkpoint
-    from mixtral.weights.hf import SINGLE_NAME, inside, read_header
-    from mixtral.weights.read import Entry
     from mixtral.weights.save import weight_files
 
     entries: Mapping[str, Entry]

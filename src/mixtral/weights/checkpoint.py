@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from mixtral.config import MixtralConfig, read_config
 from mixtral.errors import CheckpointError, ConfigError
+from mixtral.files.commit import interrupted
+from mixtral.files.gguf import read_gguf
+from mixtral.files.read import Entry
+from mixtral.files.safetensors import INDEX_NAME, SINGLE_NAME, inside, read_checkpoint
 from mixtral.quant.formats import FORMATS
-from mixtral.weights.commit import interrupted
 from mixtral.weights.consolidated import PARAMS_NAME, STEM, pickled_files, read_consolidated, read_params
-from mixtral.weights.gguf import read_gguf
 from mixtral.weights.gguf_model import config_from_gguf, find_gguf
-from mixtral.weights.hf import INDEX_NAME, SINGLE_NAME, inside, read_checkpoint
 from mixtral.weights.names import DOWN, EMBEDDING, TABLE, Layout, Piece, detect_layout, highest, pieces, why_refused
-from mixtral.weights.read import Entry
 
 __all__ = [
     "FLOAT_DTYPES",

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
-from mixtral.model.mixtral import Mixtral
-from mixtral.weights.checkpoint import read_folder_config, unchanged
-from mixtral.weights.commit import Commit, fingerprint
-from mixtral.weights.hf import (
+from mixtral.files.commit import Commit, fingerprint
+from mixtral.files.read import DTYPES, Entry, ShardReader
+from mixtral.files.safetensors import (
     SINGLE_NAME,
     Header,
     Record,
@@ -33,10 +32,11 @@ from mixtral.weights.hf import (
     record,
     write_shard,
 )
+from mixtral.model.mixtral import Mixtral
+from mixtral.weights.checkpoint import read_folder_config, unchanged
 from mixtral.weights.int8 import GROUP, decode, encode
 from mixtral.weights.load import checked_dtype, place
 from mixtral.weights.names import EMBEDDING, HEAD, is_router, parameter_shapes
-from mixtral.weights.read import DTYPES, Entry, ShardReader
 from mixtral.weights.save import checked_parameters, to_json, weight_files
 from mixtral.weights.vocab import check_rows, expand_rows, share_rows
 

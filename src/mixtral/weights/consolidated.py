@@ -8,9 +8,9 @@ from typing import Any
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.weights.hf import inside, parse_json, read_checkpoint
-from mixtral.weights.pth import read_archives
-from mixtral.weights.read import Entry
+from mixtral.files.pth import read_archives
+from mixtral.files.read import Entry
+from mixtral.files.safetensors import inside, parse_json, read_checkpoint
 
 __all__ = ["PARAMS_NAME", "STEM", "from_params", "pickled_files", "read_consolidated", "read_params", "to_params"]
 

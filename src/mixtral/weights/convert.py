@@ -13,15 +13,15 @@ from torch import Tensor
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
+from mixtral.files.read import DTYPES
+from mixtral.files.safetensors import Record
 from mixtral.quant.mixes import mix_of
 from mixtral.weights.checkpoint import open_checkpoint, unchanged
 from mixtral.weights.compact import is_compact, load_compact
 from mixtral.weights.gguf_save import gguf_records, write_gguf_model
-from mixtral.weights.hf import Record
 from mixtral.weights.load import checked_dtype
 from mixtral.weights.matrices import CheckpointMatrices, Matrices, ModelMatrices
 from mixtral.weights.names import Layout, Piece, is_router, tensors
-from mixtral.weights.read import DTYPES
 from mixtral.weights.save import WRITABLE, check_folder, write_folder
 
 __all__ = ["Moved", "convert", "convert_to_gguf"]

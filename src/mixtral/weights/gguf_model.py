@@ -12,7 +12,7 @@ import numpy as np
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.weights.gguf import MAGIC, Gguf
+from mixtral.files.gguf import MAGIC, Gguf
 
 __all__ = ["config_from_gguf", "find_gguf", "to_metadata"]
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
+from mixtral.files.commit import Commit
+from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.quant.encode import encode_rows
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.mixes import MIXES, Mix
-from mixtral.weights.commit import Commit
 from mixtral.weights.gguf_model import to_metadata
-from mixtral.weights.gguf_write import GgufRecord, write_gguf
 from mixtral.weights.matrices import Matrices
 from mixtral.weights.names import Piece, is_router, layer_of, tensors
 

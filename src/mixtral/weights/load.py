@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from mixtral.errors import CheckpointError, ConfigError
+from mixtral.files.read import DTYPES, Entry, ShardReader
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, unchanged
 from mixtral.weights.names import Piece, is_router
-from mixtral.weights.read import DTYPES, Entry, ShardReader
 
 __all__ = ["checked_dtype", "dtype_of", "load_model", "place"]
 

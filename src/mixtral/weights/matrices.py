@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mixtral.config import MixtralConfig
+from mixtral.files.read import DTYPES, ShardReader
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights.checkpoint import Checkpoint
 from mixtral.weights.names import EMBEDDING, HEAD, Piece
-from mixtral.weights.read import DTYPES, ShardReader
 from mixtral.weights.upgrade import downgrade_rows, upgrade_rows, upgraded
 
 __all__ = ["CheckpointMatrices", "Matrices", "ModelMatrices"]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
+from mixtral.files.commit import Commit
+from mixtral.files.safetensors import INDEX_NAME, Record, write_shard
 from mixtral.model.mixtral import Mixtral
-from mixtral.weights.commit import Commit
 from mixtral.weights.consolidated import PARAMS_NAME, STEM, pickled_files, to_params
-from mixtral.weights.hf import INDEX_NAME, Record, write_shard
 from mixtral.weights.names import Layout, Piece, is_router, parameter_shapes, tensors
 
 __all__ = ["WRITABLE", "check_folder", "checked_parameters", "save_model", "to_json", "weight_files", "write_folder"]

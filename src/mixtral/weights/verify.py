@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mixtral.errors import CheckpointError
+from mixtral.files.commit import fingerprint
 from mixtral.weights.checkpoint import Checkpoint, open_checkpoint
-from mixtral.weights.commit import fingerprint
 from mixtral.weights.matrices import CheckpointMatrices
 
 __all__ = ["read_sums", "verify"]

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mixtral.errors import CheckpointError
+from mixtral.files.read import Entry
+from mixtral.files.safetensors import inside
 from mixtral.quant.formats import BY_ID, FORMATS, Format
-from mixtral.weights.hf import inside
-from mixtral.weights.read import Entry
 
 __all__ = [
     "ALIGNMENT_KEY",

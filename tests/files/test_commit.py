@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtral.weights.commit import Commit, fingerprint
+from mixtral.files.commit import Commit, fingerprint
 
 
 def write(folder: Path, text: str, *, finish: bool = True) -> None:

@@ -14,8 +14,8 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from mixtral.errors import CheckpointError
+from mixtral.files.gguf import Gguf, read_gguf
 from mixtral.quant.formats import FORMATS
-from mixtral.weights.gguf import Gguf, read_gguf
 
 U8, I32, F32, BOOL, STRING, ARRAY, U64 = 0, 5, 6, 7, 8, 9, 10
 

@@ -30,8 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mixtral.errors import CheckpointError
-from mixtral.quant.formats import FORMATS
-from mixtral.weights.gguf import (
+from mixtral.files.gguf import (
     ALIGNMENT_KEY,
     ARRAY,
     BOOL,
@@ -47,6 +46,7 @@ from mixtral.weights.gguf import (
     check_alignment,
     size_of,
 )
+from mixtral.quant.formats import FORMATS
 
 __all__ = ["GgufRecord", "write_gguf"]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import CheckpointError
-from mixtral.weights.read import DTYPES, Entry
+from mixtral.files.read import DTYPES, Entry
 
 __all__ = [
     "INDEX_NAME",

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mixtral.errors import CheckpointError
+from mixtral.files import gguf as module
+from mixtral.files.gguf import Gguf, read_gguf
+from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.quant.formats import FORMATS
-from mixtral.weights import gguf as module
-from mixtral.weights.gguf import Gguf, read_gguf
-from mixtral.weights.gguf_write import GgufRecord, write_gguf
 
 NUMBERS = (0, 1, 2, 3, 4, 9, 31, 32, 64, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63, 2**64 - 1)
 

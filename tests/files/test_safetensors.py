@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mixtral.errors import CheckpointError
-from mixtral.weights import hf, read
-from mixtral.weights.hf import (
+from mixtral.files import read, safetensors
+from mixtral.files.read import ShardReader
+from mixtral.files.safetensors import (
     INDEX_NAME,
     SINGLE_NAME,
     inside,
@@ -24,7 +25,6 @@ from mixtral.weights.hf import (
     record,
     write_shard,
 )
-from mixtral.weights.read import ShardReader
 
 GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
@@ -82,8 +82,8 @@ def test_header_longer_than_the_file(claimed: int, tmp_path: Path) -> None:
 
 def test_header_limit_on_a_sparse_file(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    write_raw(path, {}, claimed=hf.MAX_JSON_BYTES + 1)
-    os.truncate(path, hf.MAX_JSON_BYTES * 2)
+    write_raw(path, {}, claimed=safetensors.MAX_JSON_BYTES + 1)
+    os.truncate(path, safetensors.MAX_JSON_BYTES * 2)
     with pytest.raises(CheckpointError, match="at most 100,000,000"):
         read_header(path)
 

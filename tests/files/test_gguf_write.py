@@ -16,9 +16,9 @@ from gguf import GGUFReader, GGUFValueType
 from numpy.typing import NDArray
 
 from mixtral.errors import CheckpointError
+from mixtral.files.gguf import read_gguf
+from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.quant.formats import FORMATS
-from mixtral.weights.gguf import read_gguf
-from mixtral.weights.gguf_write import GgufRecord, write_gguf
 
 
 def random_bytes(form: str, shape: tuple[int, ...], seed: int) -> NDArray[np.uint8]:
