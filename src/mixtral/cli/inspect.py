@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["describe", "run"]
 
+# What a GGUF file says of where it comes from.
+_TOLD = ("general.name", "general.file_type", "general.license", "quantize.imatrix.file", "quantize.imatrix.dataset")
+
 
 def run(
     subject: Annotated[str, typer.Argument(metavar="PATH|PRESET|embedded", help="Folder, GGUF file, 8x7b, ...")],
@@ -23,7 +26,7 @@ def run(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor of the files.")] = False,
     unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,
 ) -> None:
-    """Say what a model is: sizes, parameters, memory, files."""
+    """Say what a model is: sizes, parameters, memory, files, and what is odd about them."""
     found = describe(subject, unpickle=unpickle)
     listed = found["files"].pop("list", {})
     if tensors:
@@ -45,6 +48,10 @@ def run(
     output.pairs("tokenizer", [("version", found["tokenizer"] or "none fits; only token ids can be used")])
     if found["files"]:
         output.pairs("files", [(name, _shown(name, value)) for name, value in found["files"].items()])
+    if "odd" in found:
+        output.pairs(
+            "odd", [(str(number), text) for number, text in enumerate(found["odd"], 1)] or [("nothing odd", "")]
+        )
     if tensors:
         rows = [(name, f"{item['format']:8} {item['shape']}") for name, item in listed.items()]
         output.pairs("tensors", rows or [("none", "there are no files with weights")])
@@ -62,7 +69,7 @@ def describe(subject: str, *, unpickle: bool = False) -> dict[str, Any]:
 
     if subject != "embedded" and not Path(subject).exists():
         if subject.lower() in PRESETS:
-            return _describe(subject.lower(), preset(subject), {})
+            return _describe(subject.lower(), preset(subject))
         raise ConfigError(
             f'{subject!r} is no folder and no preset; expected a folder, a GGUF file, "embedded", or one of '
             f"{', '.join(PRESETS)}"
@@ -71,10 +78,13 @@ def describe(subject: str, *, unpickle: bool = False) -> dict[str, Any]:
     from mixtral.weights.checkpoint import read_any_config
 
     folder = folder_of(subject)
-    return _describe(subject, read_any_config(folder), _files(folder, unpickle))
+    config = read_any_config(folder)
+    found = _describe(subject, config)
+    found["files"], found["odd"] = _files(folder, config, unpickle)
+    return found
 
 
-def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[str, Any]:
+def _describe(name: str, config: MixtralConfig) -> dict[str, Any]:
     import dataclasses
 
     from mixtral.plan import PRECISIONS, count_parameters, kv_bytes_per_token, memory_bytes
@@ -103,35 +113,41 @@ def _describe(name: str, config: MixtralConfig, files: dict[str, Any]) -> dict[s
             "bytes_full_context": per_token * config.max_position_embeddings,
         },
         "tokenizer": Tokenizer.version_for(config.vocab_size),
-        "files": files,
+        "files": {},
     }
 
 
-def _files(folder: Path, unpickle: bool) -> dict[str, Any]:
-    """Layout, tensors, dtypes and sizes, from the headers alone; empty for a folder with a config only."""
+def _files(folder: Path, config: MixtralConfig, unpickle: bool) -> tuple[dict[str, Any], list[str]]:
+    """Layout, tensors, dtypes and sizes, from the headers alone (empty for a folder with a config only); oddities."""
     from mixtral.files.read import Entry
     from mixtral.files.safetensors import SINGLE_NAME, inside, read_header
     from mixtral.weights import find_gguf, is_compact
     from mixtral.weights.checkpoint import open_checkpoint
+    from mixtral.weights.oddities import config_oddities, oddities
     from mixtral.weights.save import weight_files
 
     entries: Mapping[str, Entry]
     if folder.is_dir() and not any((folder / name).exists() for name in weight_files(folder)) and not find_gguf(folder):
-        return {}
+        return {}, config_oddities(folder, config)
+    metadata: Mapping[str, Any] = {}
     if folder.is_dir() and is_compact(folder):
         entries, layout = read_header(inside(folder, SINGLE_NAME)).entries, "compact (int8, shared rows)"
+        odd = config_oddities(folder, config)
     else:
         checkpoint = open_checkpoint(folder, unpickle=unpickle)
-        entries, layout = checkpoint.entries, checkpoint.layout
+        entries, layout, metadata = checkpoint.entries, checkpoint.layout, checkpoint.metadata
+        odd = oddities(checkpoint)
     shards = {entry.shard for entry in entries.values()}
-    return {
+    files = {
         "layout": layout,
         "tensors": len(entries),
         "dtypes": dict(Counter(entry.dtype for entry in entries.values()).most_common()),
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
+        **{key: metadata[key] for key in _TOLD if isinstance(metadata.get(key), str | int | float)},
         "list": {name: {"format": entry.dtype, "shape": list(entry.shape)} for name, entry in entries.items()},
     }
+    return files, odd
 
 
 def _shown(name: str, value: Any) -> str:

@@ -31,13 +31,14 @@ __all__ = [
     "parse_json",
     "read_checkpoint",
     "read_header",
+    "read_json",
     "record",
     "write_shard",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_JSON_BYTES = 100_000_000
+MAX_JSON_BYTES = 16_000_000  # ten times the largest header of a Mixtral; in memory it may become 27 times as large
 MAX_DIMENSIONS = 8
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -100,9 +101,7 @@ def read_checkpoint(folder: Path, stem: str = "model") -> dict[str, Entry]:
 
 
 def _read_index(path: Path, label: str) -> dict[str, str]:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise CheckpointError(f"{label}: larger than {MAX_JSON_BYTES:,} bytes; this is no index")
-    values = parse_json(path.read_bytes(), label)
+    values = read_json(path, label)
     weight_map = values.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{label}: expected an object 'weight_map' of tensor name -> shard name")
@@ -206,6 +205,22 @@ def _check_extent(entries: Iterable[Entry], data_start: int, size: int, label: s
         )
     if position < size:
         raise CheckpointError(f"{label}: {size - position:,} bytes after the last tensor; the file is damaged")
+
+
+def read_json(path: Path, label: str) -> dict[str, Any]:
+    """The JSON object in a small file; ``label`` is what messages call it.
+
+    Raises:
+        CheckpointError: it cannot be read or is too large, or as ``parse_json``.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise CheckpointError(f"{label}: cannot be read ({error.strerror})") from None
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{label}: larger than {MAX_JSON_BYTES:,} bytes, which no such file is")
+    return parse_json(data, label)
 
 
 def parse_json(data: bytes, label: str) -> dict[str, Any]:
