@@ -358,11 +358,14 @@ def load(
     threads: int | None = None,
     name: str | None = None,
     unpickle: bool = False,
+    decode: bool = False,
 ) -> LLM:
     """Load a model: "embedded" (ships with this package), a folder of Hugging Face's or Mistral's files, or GGUF.
 
-    ``dtype`` None keeps that of the files. ``threads`` sets the CPU threads of the whole process. ``name`` is what
-    the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which could carry code.
+    ``dtype`` None keeps that of the files. Quantised matrices stay so in memory and are decoded where they are used;
+    ``decode`` decodes all of them now, which takes the memory of ``dtype`` and computes faster. ``threads`` sets the
+    CPU threads of the whole process. ``name`` is what the server calls the model; default: the folder's name.
+    ``unpickle`` allows ``.pth`` files, which could carry code.
 
     Raises:
         ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
@@ -379,7 +382,7 @@ def load(
         compact = load_compact(folder, device=target, dtype=kind)
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
-    found = load_model(folder, device=target, dtype=kind, unpickle=unpickle)
+    found = load_model(folder, device=target, dtype=kind, unpickle=unpickle, decode=decode)
     fitting = Tokenizer.version_for(found.config.vocab_size)
     tokenizer = Tokenizer.from_version(fitting) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):

@@ -33,6 +33,7 @@ IGNORED_KEYS = frozenset(
         "output_router_logits",
         "pad_token_id",
         "problem_type",
+        "quantization_config",  # of the weights: read with them
         "return_dict",
         "torch_dtype",
         "transformers_version",
@@ -158,13 +159,6 @@ def _checked_key(key: str, value: Any, known: list[str], source: str) -> str | N
     elif key in REPORTED_KEYS:
         silent, reason = REPORTED_KEYS[key]
         return None if value in silent else f"{key} is {_shown(value)}, which is ignored: {reason}"
-    elif key == "quantization_config":
-        if value is not None:
-            raise ConfigError(
-                f"{source}: quantization_config is given, and quantised checkpoints cannot be read yet; "
-                "take one whose weights are bfloat16, float16 or float32",
-                param=key,
-            )
     elif key not in IGNORED_KEYS and key != "rope_parameters":
         # The comparison takes time that grows with the square of the length.
         near = difflib.get_close_matches(str(key)[:80], [*known, *FIXED_KEYS, *REPORTED_KEYS, *IGNORED_KEYS], n=1)

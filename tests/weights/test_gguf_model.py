@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError, MixtralError
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.modules import PackedExperts
 from mixtral.weights.convert import convert
 from mixtral.weights.load import load_model
 
@@ -138,7 +139,7 @@ def test_every_layout_of_experts(kind: str, dtype: str, model: Mixtral, tmp_path
         tmp_path / "m.gguf", tensors(model, kind), lambda name: "F32" if "norm" in name or "inp" in name else dtype
     )
     for given in (path, tmp_path):
-        loaded = load_model(given, device="cpu")
+        loaded = load_model(given, device="cpu", decode=True)
         assert same(loaded, model)
         assert loaded.get_parameter("lm_head.weight").dtype == TORCH[dtype]
         assert loaded.config == CONFIG
@@ -159,7 +160,7 @@ def test_quantised_files_decode_like_the_gguf_package(kind: str, packed: str, mo
 
     found = tensors(model, kind)
     path = write(tmp_path / "m.gguf", found, type_of)
-    loaded = load_model(path, device="cpu", dtype=torch.float32)
+    loaded = load_model(path, device="cpu", dtype=torch.float32, decode=True)
     rounded = {}
     for name, values in found.items():
         form = gguf.GGMLQuantizationType[type_of(name)]
@@ -168,11 +169,15 @@ def test_quantised_files_decode_like_the_gguf_package(kind: str, packed: str, mo
         assert np.array_equal(values, rounded[name]), name
 
 
-def test_decoding_without_a_dtype_says_so(model: Mixtral, tmp_path: Path) -> None:
+def test_quantised_experts_stay_packed_in_memory(model: Mixtral, tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", tensors(model, "gguf"), lambda name: "Q8_0" if "exps" in name else "F32")
-    with pytest.warns(UserWarning, match="the weights are Q8_0, and are decoded to bfloat16 in memory"):
-        loaded = load_model(path, device="cpu")
-    assert loaded.get_parameter("lm_head.weight").dtype == torch.bfloat16
+    loaded = load_model(path, device="cpu")
+    assert loaded.get_parameter("lm_head.weight").dtype == loaded.dtype == torch.bfloat16
+    experts = loaded.get_submodule("model.layers.0.mlp.experts")
+    assert isinstance(experts, PackedExperts)
+    assert {matrix.label for three in experts.matrices() for matrix in three} == {"Q8_0"}
+    decoded = load_model(path, device="cpu", decode=True)
+    assert decoded.get_parameter("model.layers.0.mlp.experts.down_proj").dtype == torch.bfloat16
 
 
 def test_parts(model: Mixtral, tmp_path: Path) -> None:
@@ -214,7 +219,7 @@ def test_conversion_out_of_gguf(model: Mixtral, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="made of quantised values"):
         convert(packed, tmp_path / "no", layout="fused")
     convert(packed, tmp_path / "yes", layout="fused", dtype=torch.float32)
-    expected = load_model(packed, device="cpu", dtype=torch.float32)
+    expected = load_model(packed, device="cpu", dtype=torch.float32, decode=True)
     assert same(load_model(tmp_path / "yes", device="cpu"), expected)
 
 

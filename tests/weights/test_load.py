@@ -135,7 +135,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "another head size": (_config(head_dim=32), r"q_proj.weight' is \[96, 64\], expected \[128, 64\]"),
     "unknown config key": (_config(num_local_expert=3), "did you mean 'num_local_experts'"),
     "tied embeddings": (_config(tie_word_embeddings=True), "tie_word_embeddings is True"),
-    "quantised by another tool": (_config(quantization_config={}), "quantised checkpoints cannot be read yet"),
+    "quantised by another tool": (
+        _config(quantization_config={"quant_method": "hqq"}),
+        "quant_method is 'hqq'; .* gptq",
+    ),
+    "quantised by none": (_config(quantization_config=[1]), r"quantization_config is \[1\]; expected an object"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
     "config outside": (_link_config, "leads out of the folder"),
     "truncated": (

@@ -8,6 +8,7 @@ import typer
 
 from mixtral.cli import output
 from mixtral.cli.generate import (
+    DecodeOption,
     DeviceOption,
     DtypeOption,
     MaxTokensOption,
@@ -43,6 +44,7 @@ def run(
     seed: SeedOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    decode: DecodeOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
@@ -51,7 +53,7 @@ def run(
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"seed": seed, "max_tokens": max_tokens}
     check_sampling(options)
-    llm = load(model, device=device, dtype=dtype, threads=threads)
+    llm = load(model, device=device, dtype=dtype, decode=decode, threads=threads)
     llm.tokenizer  # noqa: B018 - nobody can talk with a model without one; say so before the first question
     chat = Conversation(llm, system, options)
     if output.interactive():

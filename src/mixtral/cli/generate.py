@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mixtral.api import LLM, Completion, TokenLogprob
 
 __all__ = [
+    "DecodeOption",
     "DeviceOption",
     "DtypeOption",
     "MaxTokensOption",
@@ -32,6 +33,9 @@ __all__ = [
 ModelOption = Annotated[str, typer.Option(help='"embedded", or a folder with config.json and safetensors.')]
 DeviceOption = Annotated[str, typer.Option(help="Where to compute, as torch names it.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the files.")]
+DecodeOption = Annotated[
+    bool, typer.Option("--decode", help="Decode quantised weights when loading: faster, takes the memory of --dtype.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's own choice.")]
 MaxTokensOption = Annotated[
     int | None, typer.Option("--max-tokens", help="Longest answer; default 512, or what the context leaves.")
@@ -63,6 +67,7 @@ def run(
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    decode: DecodeOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a text or a list of token ids."""
@@ -83,7 +88,7 @@ def run(
     }
     check_sampling(options)
     options["stop"] = tuple(stop or ())
-    llm = load(model, device=device, dtype=dtype, threads=threads)
+    llm = load(model, device=device, dtype=dtype, decode=decode, threads=threads)
     if stream if stream is not None else sys.stdout.isatty() and not as_json:
         _stream(llm, given, options, as_json=as_json)
     else:

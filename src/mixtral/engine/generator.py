@@ -157,8 +157,7 @@ class _Run:
         self.model = model
         # The last token of an answer is never fed.
         self.pages = PageAllocator(sum(pages_for(len(s.waiting) + s.params.max_tokens - 1) for s in sequences))
-        weight = model.lm_head.weight
-        self.cache = PagedCache(model.config, pages=self.pages.total, device=weight.device, dtype=weight.dtype)
+        self.cache = PagedCache(model.config, pages=self.pages.total, device=model.device, dtype=model.dtype)
 
     def step(self, pieces: Sequence[_Piece]) -> Iterator[TokenEvent]:
         """Feed the pieces, and give a token to every sequence that has nothing left to feed."""
@@ -196,7 +195,7 @@ class _Run:
             spans.append((owned, sequence.cached, count))
             sequence.cached += count
             sequence.waiting = sequence.waiting[count:]
-        device = self.model.lm_head.weight.device
+        device = self.model.device
         batch = Batch(
             tokens_T=torch.tensor(tokens, device=device),
             positions_T=torch.tensor(positions, device=device),

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "I8": torch.int8,
     "I32": torch.int32,
+    "I64": torch.int64,
 }
 
 
@@ -51,7 +53,7 @@ class ShardReader:
     def __init__(self) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
 
-    def __enter__(self) -> ShardReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -81,7 +83,16 @@ class ShardReader:
                 else:
                     # A header may have any length, so the values need not be aligned.
                     into.copy_((part if start % size == 0 else part.clone()).view(dtype))
-        if target.dtype == torch.float16 != dtype and not bool(target.isfinite().all()):
+        if dtype != torch.float16:
+            self.check_finite(entry, target)
+
+    def check_finite(self, entry: Entry, target: Tensor) -> None:
+        """Refuse values of a tensor that were cast to float16 and did not fit.
+
+        Raises:
+            CheckpointError: there are such.
+        """
+        if target.dtype == torch.float16 and not bool(target.isfinite().all()):
             raise CheckpointError(
                 f"{entry.name!r} holds values beyond the range of float16 (65504); load it as bfloat16 or float32"
             )

@@ -134,6 +134,16 @@ class Mixtral(nn.Module):
         self.model = Decoder(config, device=device, dtype=dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the activations, and of all dense weights but the routers."""
+        return self.model.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.norm.weight.device
+
     def forward(self, batch: Batch) -> Output:
         """Hidden states [T, D] after the final norm, and the routing of every layer."""
         out: Output = self.model(batch)

@@ -20,8 +20,10 @@ from mixtral.files.gguf import read_gguf
 from mixtral.files.read import Entry
 from mixtral.files.safetensors import INDEX_NAME, SINGLE_NAME, inside, read_checkpoint
 from mixtral.quant.formats import FORMATS
+from mixtral.weights.coding import read_coding
 from mixtral.weights.consolidated import PARAMS_NAME, STEM, pickled_files, read_consolidated, read_params
 from mixtral.weights.gguf_model import config_from_gguf, find_gguf
+from mixtral.weights.integer import CodedEntry, is_coded_part, join_coded
 from mixtral.weights.names import DOWN, EMBEDDING, TABLE, Layout, Piece, detect_layout, highest, pieces, why_refused
 
 __all__ = [
@@ -83,8 +85,24 @@ def open_checkpoint(path: Path, *, unpickle: bool = False) -> Checkpoint:
     layout = detect_layout(entries)
     _check_sizes(config, entries, layout, source)
     plan = pieces(config, layout)
+    if kind == "hugging face":
+        entries = _joined(path, entries, plan)
     _check_tensors(plan, entries, dtypes, source)
     return Checkpoint(path, layout, config, entries, plan, metadata)
+
+
+def _joined(folder: Path, entries: Mapping[str, Entry], plan: Sequence[Piece]) -> Mapping[str, Entry]:
+    """The entries with the tensors of every integer matrix joined, if the config declares such and the files hold
+    them."""
+    coding = read_coding(folder)
+    coded = next((name for name in entries if is_coded_part(name)), None)
+    if coding is None and coded is None:
+        return entries
+    if coding is None or coded is None:
+        told = f"config.json declares {coding.method} weights" if coding else "config.json has no quantization_config"
+        found = f"{coded!r}" if coded else "no integer matrix"
+        raise CheckpointError(f"{folder}: {told}, but the tensors hold {found}; the files do not belong together")
+    return join_coded(entries, {piece.name: piece.tensor_shape for piece in plan}, coding)
 
 
 def _kind(path: Path) -> Path | Literal["consolidated", "hugging face"]:
@@ -174,7 +192,7 @@ def _check_tensors(plan: Sequence[Piece], entries: Mapping[str, Entry], dtypes: 
             problems += [] if why_refused(name) else [f"unexpected {name!r}"]
         elif entry.shape != shape:
             problems.append(f"{name!r} is {list(entry.shape)}, expected {list(shape)}")
-        elif entry.dtype not in dtypes:
+        elif entry.dtype not in dtypes and not isinstance(entry, CodedEntry):
             problems.append(f"{name!r} is {entry.dtype}, expected one of {', '.join(dtypes)}")
     if problems:
         more = f"\n  and {len(problems) - LISTED} more" if len(problems) > LISTED else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +9,13 @@ import torch
 from torch import nn
 
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.files.read import DTYPES, Entry, ShardReader
+from mixtral.files.read import DTYPES
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
+from mixtral.quant.packed import Packed
 from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, unchanged
-from mixtral.weights.names import Piece, is_router
+from mixtral.weights.names import EMBEDDING, Half, Piece, is_router
+from mixtral.weights.reader import MatrixReader
 
 __all__ = ["checked_dtype", "dtype_of", "load_model", "place"]
 
@@ -28,9 +30,16 @@ _NAMED = {
 
 
 def load_model(
-    path: Path, *, device: torch.device | str, dtype: torch.dtype | None = None, unpickle: bool = False
+    path: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    unpickle: bool = False,
+    decode: bool = False,
 ) -> Mixtral:
-    """Load a checkpoint of any layout. ``dtype`` None keeps the file's own; routers are fp32.
+    """Load a checkpoint of any layout; routers are fp32. Quantised matrices stay as they are, and are decoded to
+    ``dtype`` where they are used, or all of them now if ``decode``. ``dtype`` None keeps the file's own, and is
+    bfloat16 where any matrix is quantised.
 
     Raises:
         ConfigError: the config is missing or wrong, or ``dtype`` is not float32, float16 or bfloat16.
@@ -42,7 +51,8 @@ def load_model(
     with unchanged(path):
         found = open_checkpoint(path, unpickle=unpickle)
         model = Mixtral(found.config, device="meta", dtype=dtype or _own_dtype(found))
-        _fill(model, found, torch.device(device))
+        with MatrixReader() as reader, torch.no_grad():
+            _fill(model, found, reader, torch.device(device), decode=decode)
     return model
 
 
@@ -81,13 +91,7 @@ def _own_dtype(found: Checkpoint) -> torch.dtype:
     """The dtype that all tensors have; GGUF files keep norms in float32 whatever the rest is in."""
     names = {p.name for p in found.plan if not is_router(p.parameter) and (len(p.shape) > 1 or not found.metadata)}
     counts = Counter(found.entries[name].dtype for name in names)
-    packed = sorted(name for name in counts if name not in DTYPES)
-    if packed:
-        warnings.warn(
-            f"{found.path}: the weights are {', '.join(packed)}, and are decoded to bfloat16 in memory; dtype= chooses "
-            "another one",
-            stacklevel=3,
-        )
+    if any(name not in DTYPES for name in counts):
         return torch.bfloat16
     if len(counts) > 1:
         told = ", ".join(f"{count} tensors of {name}" for name, count in counts.most_common())
@@ -95,29 +99,52 @@ def _own_dtype(found: Checkpoint) -> torch.dtype:
     return DTYPES[next(iter(counts))]
 
 
-def _fill(model: Mixtral, found: Checkpoint, device: torch.device) -> None:
-    """Allocate and fill one parameter after the other, in the order in which the files hold them."""
-    by_parameter: dict[str, list[Piece]] = {}
+def _fill(model: Mixtral, found: Checkpoint, reader: MatrixReader, device: torch.device, *, decode: bool) -> None:
+    """Allocate and fill one layer's experts, or one other parameter, after the other, in the order of the files."""
+    units: dict[str, list[Piece]] = {}
     for piece in found.plan:
-        by_parameter.setdefault(piece.parameter, []).append(piece)
+        units.setdefault(_unit(piece), []).append(piece)
 
-    def position(name: str) -> tuple[Path, int]:
-        return min((found.entries[piece.name].shard, found.entries[piece.name].start) for piece in by_parameter[name])
+    def position(unit: str) -> tuple[Path, int]:
+        return min((found.entries[piece.name].shard, found.entries[piece.name].start) for piece in units[unit])
 
-    with ShardReader() as reader, torch.no_grad():
-        for name in sorted(by_parameter, key=position):
-            wanted = model.get_parameter(name)
-            # Not empty_like: the first operation on a meta tensor imports 0.4 s worth of modules.
-            value = torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
-            for piece in by_parameter[name]:
-                _read(reader, found.entries[piece.name], piece, piece.of(value))
-            place(model, name, value)
+    for unit in sorted(units, key=position):
+        if decode or not _stays_packed(units[unit], found):
+            _fill_dense(model, units[unit], found, reader, device)
+        else:
+            packed = [reader.packed(found.entries[piece.name], piece) for piece in units[unit]]
+            model.set_submodule(unit, _module(units[unit], packed, model.dtype).to(device))
 
 
-def _read(reader: ShardReader, entry: Entry, piece: Piece, target: torch.Tensor) -> None:
-    if piece.order == "same":
-        reader.read(entry, target, first=piece.first)
-        return
-    values = torch.empty(piece.shape, dtype=target.dtype, device=target.device)
-    reader.read(entry, values, first=piece.first)
-    target.copy_(piece.to_ours(values))
+def _unit(piece: Piece) -> str:
+    """The module that is replaced as a whole if any of its matrices is packed."""
+    return piece.parameter.rpartition(".")[0]
+
+
+def _stays_packed(pieces: list[Piece], found: Checkpoint) -> bool:
+    whole = len(pieces[0].shape) > 1 and not is_router(pieces[0].parameter)
+    return whole and any(found.entries[piece.name].dtype not in DTYPES for piece in pieces)
+
+
+def _module(pieces: list[Piece], packed: list[Packed], dtype: torch.dtype) -> nn.Module:
+    if pieces[0].parameter == EMBEDDING:
+        return PackedEmbedding(packed[0], dtype)
+    if pieces[0].expert is None:
+        return PackedLinear(packed[0])
+    experts: dict[Half, list[Packed]] = {"gate": [], "up": [], "both": []}
+    for piece, matrix in sorted(zip(pieces, packed, strict=True), key=lambda pair: pair[0].expert or 0):
+        experts[piece.half].append(matrix)
+    return PackedExperts(experts["gate"], experts["up"], experts["both"])
+
+
+def _fill_dense(
+    model: Mixtral, pieces: list[Piece], found: Checkpoint, reader: MatrixReader, device: torch.device
+) -> None:
+    for name in dict.fromkeys(piece.parameter for piece in pieces):
+        wanted = model.get_parameter(name)
+        # Not empty_like: the first operation on a meta tensor imports 0.4 s worth of modules.
+        value = torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
+        for piece in pieces:
+            if piece.parameter == name:
+                reader.piece(found.entries[piece.name], piece, piece.of(value))
+        place(model, name, value)

@@ -173,7 +173,6 @@ _EXPERT = re.compile(r"\.(?:experts|ffn_gate|ffn_up|ffn_down)\.(\d{1,6})\.")
 _REFUSED: Mapping[str, str] = {
     ".rotary_emb.inv_freq": "positions are computed from rope_theta and never read from a file",
     ".bias": "a Mixtral has no biases",
-    ".qweight": "integer (GPTQ, AWQ) weights are not supported",
     ".q8": "this is the compact format of the embedded model, read with load_compact",
 }
 

@@ -1,0 +1,83 @@
+"""Layers over packed matrices, with the calls of the dense ones: weights stay packed, and are decoded in parts.
+
+At most one matrix of one expert is decoded at a time, or ``PANEL_VALUES`` values of a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mixtral import ops
+from mixtral.ops.reference import swiglu
+from mixtral.quant.packed import Packed
+
+__all__ = ["PackedEmbedding", "PackedExperts", "PackedLinear"]
+
+PANEL_VALUES = 1 << 24
+
+
+class PackedLinear(nn.Module):
+    """A packed matrix [O, D] without bias; what is decoded has the dtype of the input."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """``x @ weight.T``: [T, O]."""
+        return _product(x_TD, self.packed)
+
+
+class PackedEmbedding(nn.Module):
+    """One packed row per token id, [V, D], decoded to ``dtype``, which is that of all activations."""
+
+    def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.packed, self.dtype = packed, dtype
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        """The rows of the ids: [T, D]."""
+        return self.packed.pick_rows(tokens_T, self.dtype)
+
+
+class PackedExperts(nn.Module):
+    """E SwiGLU networks of three packed matrices each: gate and up [F, D], down [D, F]. Formats may differ."""
+
+    def __init__(self, gate: Sequence[Packed], up: Sequence[Packed], down: Sequence[Packed]) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.ModuleList(gate), nn.ModuleList(up), nn.ModuleList(down)
+
+    def forward(self, x_TD: Tensor, route: ops.Route) -> Tensor:
+        """Weighted sum of the chosen experts: [T, D]. Products are summed in float32 in order of choice."""
+        out_TAD = x_TD.new_zeros((*route.picks_TA.shape, x_TD.shape[-1]))
+        for expert, (gate, up, down) in enumerate(self.matrices()):
+            tokens, places = torch.nonzero(route.picks_TA == expert, as_tuple=True)
+            if tokens.numel():
+                rows = x_TD[tokens]
+                hidden = swiglu(torch.cat((_product(rows, gate), _product(rows, up)), -1))
+                out_TAD[tokens, places] = _product(hidden, down)
+        return (out_TAD.float() * route.weights_TA[..., None]).sum(1).to(x_TD.dtype)
+
+    def matrices(self) -> Iterator[tuple[Packed, Packed, Packed]]:
+        """Gate, up and down of every expert."""
+        for three in zip(self.gate, self.up, self.down, strict=True):
+            yield cast("tuple[Packed, Packed, Packed]", three)
+
+
+def _product(x_TD: Tensor, packed: Packed) -> Tensor:
+    """``x @ weight.T`` [T, O] with a panel of rows of the weight decoded at a time."""
+    rows, width = packed.shape
+    step = max(1, PANEL_VALUES // width)
+    if step >= rows:
+        return ops.linear(x_TD, packed.decode(x_TD.dtype))
+    out_TO = x_TD.new_empty((len(x_TD), rows))
+    panel = x_TD.new_empty((step, width))
+    for start in range(0, rows, step):
+        part = panel[: rows - start]
+        packed.decode_rows(start, part)
+        out_TO[:, start : start + step] = ops.linear(x_TD, part)
+    return out_TO

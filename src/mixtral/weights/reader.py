@@ -1,0 +1,47 @@
+"""The matrices of a checkpoint, whatever they are stored in: as numbers of any dtype, or packed as they are."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mixtral.files.read import Entry, ShardReader
+from mixtral.quant.packed import Blocks, Packed
+from mixtral.weights.integer import CodedEntry, read_groups
+from mixtral.weights.names import Piece
+
+__all__ = ["MatrixReader"]
+
+
+class MatrixReader(ShardReader):
+    """A ``ShardReader`` that also reads matrices made of several tensors. A context manager."""
+
+    def read(self, entry: Entry, target: Tensor, *, first: int = 0) -> None:
+        """As in ``ShardReader``; of an integer matrix the whole is read."""
+        if not isinstance(entry, CodedEntry):
+            super().read(entry, target, first=first)
+            return
+        read_groups(self, entry).decode_rows(0, target)
+        self.check_finite(entry, target)
+
+    def piece(self, entry: Entry, piece: Piece, target: Tensor) -> None:
+        """Copy a piece of a tensor, in our order, into ``target``: contiguous, of any dtype, on any device."""
+        if piece.order == "same":
+            self.read(entry, target, first=piece.first)
+            return
+        values = torch.empty(piece.shape, dtype=target.dtype, device=target.device)
+        self.read(entry, values, first=piece.first)
+        target.copy_(piece.to_ours(values))
+
+    def packed(self, entry: Entry, piece: Piece) -> Packed:
+        """A piece, in our order, as it is stored; a matrix of floats becomes blocks of one value.
+
+        Raises:
+            CheckpointError: the parts of an integer matrix do not fit together.
+        """
+        if isinstance(entry, CodedEntry):
+            return read_groups(self, entry)
+        rows = self.raw(entry, first=piece.first, count=math.prod(piece.shape)).view(piece.shape[0], -1)
+        return Blocks(entry.dtype, piece.to_ours(rows).contiguous())
