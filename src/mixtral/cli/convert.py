@@ -28,7 +28,10 @@ def run(
     unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in DST.")] = False,
 ) -> None:
-    """Write a checkpoint in another layout; values stay bit for bit, unless --dtype or --format rounds them."""
+    """Write a checkpoint in another layout; values stay bit for bit, unless --dtype or --format rounds them.
+
+    Into a folder, the tokenizer and other small files beside the weights are copied too, unless --vocab changes it.
+    """
     from mixtral.api import folder_of
     from mixtral.errors import ConfigError
     from mixtral.tokenizer import gguf_vocabulary
@@ -72,3 +75,20 @@ def run(
     size = moved.size_bytes / 1e9
     output.say(f"{source}: {moved.layout}, {moved.tensors:,} tensors")
     output.say(f"{target}: {to}, {size:,.2f} GB in {seconds:,.1f} s ({size / seconds:,.2f} GB/s)")
+    if to != "gguf":
+        _copy_companions(folder_of(source), target, wanted, overwrite)
+
+
+def _copy_companions(source: Path, target: Path, vocab_size: int | None, overwrite: bool) -> None:
+    from mixtral.weights.checkpoint import read_any_config
+    from mixtral.weights.companions import companions, copy_companions
+
+    names = companions(source)
+    if names and vocab_size is not None and vocab_size != read_any_config(source).vocab_size:
+        output.say(f"not copied, as they belong to the old vocabulary: {', '.join(names)}")
+        return
+    done = copy_companions(names, source, target, overwrite=overwrite)
+    if done.names:
+        output.say(f"copied beside it: {', '.join(done.names)}")
+    for name, reason in done.skipped.items():
+        output.say(f"not copied: {name}: {reason}")
