@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mixtral.config import MixtralConfig
-from mixtral.files.read import DTYPES, ShardReader
+from mixtral.files.read import DTYPES
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights.checkpoint import Checkpoint
 from mixtral.weights.names import EMBEDDING, HEAD, Piece
+from mixtral.weights.reader import MatrixReader
 from mixtral.weights.upgrade import downgrade_rows, upgrade_rows, upgraded
 
 __all__ = ["CheckpointMatrices", "Matrices", "ModelMatrices"]
@@ -49,7 +50,7 @@ class CheckpointMatrices:
         if vocab_size is not None and vocab_size != found.config.vocab_size:
             self.config = found.config.replace(vocab_size=upgraded(found.config.vocab_size, vocab_size))
         self._pieces = {piece.key: piece for piece in found.plan}
-        self._reader = ShardReader()
+        self._reader = MatrixReader()
 
     def __enter__(self) -> CheckpointMatrices:
         return self
