@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixtral.cli import output
 
+if TYPE_CHECKING:
+    from mixtral.weights.importance import Coverage
+
 __all__ = ["run"]
+
+_LISTED = 8
 
 
 def run(
     source: Annotated[str, typer.Argument(metavar="SRC", help='Folder, GGUF file, or "embedded".')],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The file to write: NAME.gguf.")],
     form: Annotated[str, typer.Option("--format", help="q8_0, q6_k, q5_k_m, q4_k_m, q4_k_s, q3_k_m, q2_k, q4_0 ...")],
+    importance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What llama-imatrix wrote: the columns that matter most.")
+    ] = None,
     check: Annotated[Path | None, typer.Option(help="Text (UTF-8) on which both models are compared.")] = None,
     tokens: Annotated[int, typer.Option(help="At most this many tokens of --check.", min=2, max=65536)] = 2048,
     unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,
@@ -43,6 +51,7 @@ def run(
             folder_of(source),
             target,
             form=form,
+            importance=importance,
             vocabulary=gguf_vocabulary,
             unpickle=unpickle,
             overwrite=overwrite,
@@ -51,8 +60,32 @@ def run(
     seconds, size = time.perf_counter() - started, target.stat().st_size
     bits = 8 * moved.size_bytes / count_parameters(moved.config).total
     output.say(f"{target}: {form}, {size / 1e9:,.2f} GB, {bits:.2f} bits per weight, in {seconds:,.1f} s")
+    if moved.coverage is not None:
+        _report(moved.coverage)
     if text is not None:
         _compare(source, target, text, tokens, unpickle)
+
+
+def _report(covered: Coverage) -> None:
+    from mixtral.weights.importance import FEW_TOKENS
+
+    tensors = [f"{name} ({count})" if count > 1 else name for name, count in covered.without.items()]
+    experts = [f"expert {expert} of layer {layer}" for layer, expert in covered.unseen]
+    rows = [
+        ("matrices with importance", f"{covered.weighted:,}"),
+        ("matrices without", f"{sum(covered.without.values()):,}{_some(tensors)}"),
+        ("in formats that take none, or copied", f"{covered.other:,}"),
+        ("experts without tokens or entries", f"{len(experts):,}{_some(experts)}"),
+    ]
+    if covered.scarce:
+        rows.append((f"experts with less than {FEW_TOKENS} tokens", f"{len(covered.scarce):,}"))
+    output.pairs(f"{covered.importance.path.name}: {covered.importance.entries:,} entries", rows)
+
+
+def _some(names: list[str]) -> str:
+    """The first of them, as the rest of a line that begins with their number."""
+    more = ", ..." if len(names) > _LISTED else ""
+    return f": {', '.join(names[:_LISTED])}{more}" if names else ""
 
 
 def _compare(source: str, target: Path, text: str, tokens: int, unpickle: bool) -> None:

@@ -19,6 +19,7 @@ from mixtral.quant.mixes import mix_of
 from mixtral.weights.checkpoint import open_checkpoint, unchanged
 from mixtral.weights.compact import is_compact, load_compact
 from mixtral.weights.gguf_save import gguf_records, write_gguf_model
+from mixtral.weights.importance import Coverage, coverage, read_importance
 from mixtral.weights.load import checked_dtype
 from mixtral.weights.matrices import CheckpointMatrices, Matrices, ModelMatrices
 from mixtral.weights.names import Layout, Piece, is_router, tensors
@@ -32,12 +33,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What a conversion did: layout and tensors of the source, config of the result, bytes of the tensors written."""
+    """What a conversion did: layout and tensors of the source, config of the result, bytes of the tensors written, and
+    what importance there was for them."""
 
     layout: str
     tensors: int
     config: MixtralConfig
     size_bytes: int
+    coverage: Coverage | None = None
 
 
 def convert(
@@ -85,6 +88,7 @@ def convert_to_gguf(
     *,
     vocabulary: Callable[[int], Mapping[str, Any]],
     form: str | None = None,
+    importance: Path | None = None,
     vocab_size: int | None = None,
     unpickle: bool = False,
     overwrite: bool = False,
@@ -93,10 +97,11 @@ def convert_to_gguf(
     """Read a checkpoint of any layout and write one GGUF file with merged experts, complete or not at all.
 
     Without ``form`` every matrix keeps its format, blocks bit for bit; else it is one of ``quant.mixes.MIXES``. Norms
-    and routers are float32. ``vocabulary`` gives the metadata of the tokenizer for a number of token ids.
+    and routers are float32. ``vocabulary`` gives the metadata of the tokenizer for a number of token ids, and
+    ``importance`` is a file that says how much the columns of each matrix matter.
 
     Raises:
-        ConfigError: the config, the form or the vocabulary is wrong.
+        ConfigError: the config, the form or the vocabulary is wrong, or no matrix can use the importance.
         CheckpointError: as ``convert``; or the file exists and not ``overwrite``.
     """
     source, path = Path(source), Path(path)
@@ -109,10 +114,12 @@ def convert_to_gguf(
         if path.exists() and source.exists() and path.samefile(source):
             raise CheckpointError(f"{path}: is what would be read; choose another name for the result")
         with _opened(source, vocab_size, unpickle) as (found, told):
-            records = gguf_records(found, mix)
-            metadata = vocabulary(found.config.vocab_size)
+            weights = None if importance is None else read_importance(Path(importance), found.config)
+            records = gguf_records(found, mix, weights)
+            covered = None if weights is None else coverage(found, records, weights)
+            metadata = {**vocabulary(found.config.vocab_size), **(weights.metadata() if weights else {})}
             size = write_gguf_model(path, found.config, metadata, mix, records, progress)
-            return Moved(*told, found.config, size)
+            return Moved(*told, found.config, size, covered)
 
 
 @contextmanager

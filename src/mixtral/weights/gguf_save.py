@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,46 @@ from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
 from mixtral.files.commit import Commit
 from mixtral.files.gguf_write import GgufRecord, write_gguf
+from mixtral.files.read import DTYPES
 from mixtral.quant.encode import encode_rows
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.mixes import MIXES, Mix
 from mixtral.weights.gguf_model import to_metadata
+from mixtral.weights.importance import Importance
 from mixtral.weights.matrices import Matrices
 from mixtral.weights.names import Piece, is_router, layer_of, tensors
 
 __all__ = ["gguf_records", "write_gguf_model"]
 
 
-def gguf_records(source: Matrices, mix: Mix | None) -> list[GgufRecord]:
+def gguf_records(source: Matrices, mix: Mix | None, importance: Importance | None = None) -> list[GgufRecord]:
     """Every tensor of the file, in order; nothing is read yet. Without a mix every matrix keeps its format.
+    ``importance`` is for matrices that are encoded, in a format that takes it.
 
     Raises:
         CheckpointError: matrices that share a tensor in the file have several formats, and no mix was chosen; or
             their rows do not divide into its blocks.
+
+    Warns:
+        UserWarning: matrices that are quantised already are quantised anew.
     """
-    return [_record(source, tensor, mix) for tensor in tensors(source.config, "gguf")]
+    records: list[GgufRecord] = []
+    again: set[str] = set()
+    for tensor in tensors(source.config, "gguf"):
+        records.append(_record(source, tensor, mix, importance))
+        found, chosen = source.formats(tensor), records[-1].format
+        if found != {chosen} and chosen not in DTYPES:
+            again |= found - DTYPES.keys()
+    if again:
+        warnings.warn(
+            f"matrices that are quantised already ({', '.join(sorted(again))}) are quantised anew: the errors of both "
+            "add up; the original weights give a better result",
+            stacklevel=3,
+        )
+    return records
 
 
-def _record(source: Matrices, tensor: Sequence[Piece], mix: Mix | None) -> GgufRecord:
+def _record(source: Matrices, tensor: Sequence[Piece], mix: Mix | None, importance: Importance | None) -> GgufRecord:
     first = tensor[0]
     found = source.formats(tensor)
     if mix is not None:
@@ -52,14 +72,22 @@ def _record(source: Matrices, tensor: Sequence[Piece], mix: Mix | None) -> GgufR
     except CheckpointError as error:
         raise CheckpointError(f"{first.name!r}: {error}; choose a format with smaller blocks, such as q8_0") from None
     return GgufRecord(
-        first.name, chosen, first.tensor_shape, lambda: _parts(source, tensor, chosen, same=found == {chosen})
+        first.name,
+        chosen,
+        first.tensor_shape,
+        lambda: _parts(source, tensor, chosen, importance, same=found == {chosen}),
     )
 
 
-def _parts(source: Matrices, tensor: Sequence[Piece], form: str, *, same: bool) -> Iterator[Tensor]:
+def _parts(
+    source: Matrices, tensor: Sequence[Piece], form: str, importance: Importance | None, *, same: bool
+) -> Iterator[Tensor]:
     for piece in tensor:
         rows = source.blocks(piece) if same else None
-        yield encode_rows(_two(source.values(piece, torch.float32)), form) if rows is None else rows
+        if rows is None:
+            weights = None if importance is None else importance.of(piece)
+            rows = encode_rows(_two(source.values(piece, torch.float32)), form, weights)
+        yield rows
 
 
 def _two(values: Tensor) -> Tensor:
