@@ -139,9 +139,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest a list": (_manifest("[]"), "expected a JSON object, got list"),
     "manifest without size": (_manifest('{"sha256": ""}'), "expected an object"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no such file"),
-    "no rows": (_rewrite(lambda tensors: tensors.pop("row_of_id")), "expected a tensor 'row_of_id'"),
-    "rows of another vocabulary": (_set("row_of_id", [0, 1]), r"row_of_id is torch.int32 \[2\]"),
+    "no rows": (_rewrite(lambda tensors: tensors.pop("row_of_id")), "'row_of_id' is missing, expected"),
+    "rows of another vocabulary": (
+        _set("row_of_id", [0, 1]),
+        r"'row_of_id' is \('I32', \(2,\)\), expected \('I32', \(80,\)\)",
+    ),
     "rows out of order": (_set("row_of_id", list(range(79, -1, -1))), "in order"),
+    "rows that are not there": (_set("row_of_id", [*range(79), 78]), "row_of_id does not name all 8 rows"),
+    "pieces without end": (_set("respell.pieces", [5] * (64 * 81 + 1)), r"'respell.pieces' is \('I32', \(5185,"),
     "tensor missing": (
         _rewrite(lambda tensors: tensors.pop("lm_head.weight.scale")),
         "lm_head.weight.scale' is missing",
@@ -166,6 +171,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "respell of two dimensions": (_set("respell.pieces", [[33, 5, 9], [9, 9, 9]]), "respell.pieces"),
     "manifest with a name twice": (_manifest('{"size": 1, "size": 2}'), "manifest.json: 'size' appears twice"),
     "a billion layers": (lambda folder: _config(folder, num_hidden_layers=10**9), "expected at most 1024"),
+    "rows of no whole groups": (lambda folder: _config(folder, intermediate_size=90), "rows here are multiples of 32"),
     "another config": (lambda folder: _config(folder, num_hidden_layers=1), "expected no such tensor"),
 }
 

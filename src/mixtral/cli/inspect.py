@@ -120,9 +120,9 @@ def _describe(name: str, config: MixtralConfig) -> dict[str, Any]:
 def _files(folder: Path, config: MixtralConfig, unpickle: bool) -> tuple[dict[str, Any], list[str]]:
     """Layout, tensors, dtypes and sizes, from the headers alone (empty for a folder with a config only); oddities."""
     from mixtral.files.read import Entry
-    from mixtral.files.safetensors import SINGLE_NAME, inside, read_header
     from mixtral.weights import find_gguf, is_compact
     from mixtral.weights.checkpoint import open_checkpoint
+    from mixtral.weights.compact import compact_header
     from mixtral.weights.oddities import config_oddities, oddities
     from mixtral.weights.save import weight_files
 
@@ -131,7 +131,7 @@ def _files(folder: Path, config: MixtralConfig, unpickle: bool) -> tuple[dict[st
         return {}, config_oddities(folder, config)
     metadata: Mapping[str, Any] = {}
     if folder.is_dir() and is_compact(folder):
-        entries, layout = read_header(inside(folder, SINGLE_NAME)).entries, "compact (int8, shared rows)"
+        entries, layout = compact_header(folder, config).entries, "compact (int8, shared rows)"
         odd = config_oddities(folder, config)
     else:
         checkpoint = open_checkpoint(folder, unpickle=unpickle)

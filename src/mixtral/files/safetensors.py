@@ -70,7 +70,7 @@ def inside(folder: Path, name: str) -> Path:
     try:
         home, real = folder.resolve(strict=True), (folder / name).resolve(strict=True)
         kind = real.stat().st_mode
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, ValueError):
         raise CheckpointError(f"{folder / name}: no such file") from None
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if real.parent not in allowed:
@@ -106,10 +106,10 @@ def _read_index(path: Path, label: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{label}: expected an object 'weight_map' of tensor name -> shard name")
     for name, shard in weight_map.items():
-        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not {"/", "\\", "\0"} & set(shard)
-        if not plain:
+        plain = isinstance(shard, str) and shard.endswith(".safetensors") and not {"/", "\\"} & set(shard)
+        if not plain or not shard.isprintable():
             raise CheckpointError(
-                f"{label}: {name!r} is said to be in {shard!r}; expected the plain name of a .safetensors file "
+                f"{label}: {name!r:.80} is said to be in {shard!r:.80}; expected the plain name of a .safetensors file "
                 "in the same folder"
             )
     return weight_map
@@ -118,7 +118,7 @@ def _read_index(path: Path, label: str) -> dict[str, str]:
 def _read_shards(folder: Path, label: str) -> dict[str, Entry]:
     weight_map = _read_index(inside(folder, label), label)
     shards = sorted(set(weight_map.values()))
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    missing = [shard for shard in shards if not os.path.exists(folder / shard)]
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(shards)} shards named in {label} are missing: "
@@ -247,7 +247,8 @@ def parse_json(data: bytes, label: str) -> dict[str, Any]:
 
 
 def _first(names: list[str]) -> str:
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    shown = [name if name.isprintable() and len(name) <= 200 else repr(name[:200]) for name in names[:20]]
+    return ", ".join(shown) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 @dataclass(frozen=True, slots=True)

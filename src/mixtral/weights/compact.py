@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from mixtral.files.safetensors import (
     Header,
     Record,
     inside,
-    parse_json,
     read_header,
+    read_json,
     record,
     write_shard,
 )
@@ -40,9 +41,10 @@ from mixtral.weights.names import EMBEDDING, HEAD, is_router, parameter_shapes
 from mixtral.weights.save import checked_parameters, to_json, weight_files
 from mixtral.weights.vocab import check_rows, expand_rows, share_rows
 
-__all__ = ["MANIFEST_NAME", "Compact", "is_compact", "load_compact", "save_compact"]
+__all__ = ["MANIFEST_NAME", "Compact", "compact_header", "is_compact", "load_compact", "save_compact"]
 
 MANIFEST_NAME = "manifest.json"
+MAX_PIECES = 64  # of the spelling of one id; the longest token has fewer bytes
 _ROWS = "row_of_id"
 _RESPELL = ("respell.ids", "respell.offsets", "respell.pieces")
 
@@ -108,12 +110,16 @@ def load_compact(folder: Path, *, device: torch.device | str, dtype: torch.dtype
     with unchanged(folder):
         config = read_folder_config(folder)
         path = inside(folder, SINGLE_NAME)
-        _check_manifest(folder, path)
-        header = read_header(path)
+        expected = _expected_sum(folder, path)
+        header = compact_header(folder, config)
+        if fingerprint(path)["sha256"] != expected:
+            raise CheckpointError(
+                f"{SINGLE_NAME}: sha256 is not the one in {MANIFEST_NAME}: the file is damaged; install again"
+            )
         with ShardReader() as reader, torch.no_grad():
-            row_of_id = _small(header, reader, _ROWS)
-            rows = check_rows(row_of_id, config.vocab_size)
-            _check_entries(config, header, rows)
+            row_of_id = _tensor(header.entries[_ROWS], reader)
+            if check_rows(row_of_id, config.vocab_size) != _rows(header):
+                raise CheckpointError(f"{SINGLE_NAME}: {_ROWS} does not name all {_rows(header):,} rows")
             model = Mixtral(config, device="meta", dtype=dtype)
             for name in parameter_shapes(config):
                 value = _read(header, reader, name)
@@ -154,36 +160,39 @@ def _check_respell(respell: Mapping[int, tuple[int, ...]], vocab_size: int) -> N
             raise CheckpointError(f"respell: {i} -> {spelled!r} is empty or outside the vocabulary of {vocab_size}")
 
 
-def _check_manifest(folder: Path, path: Path) -> None:
-    source = inside(folder, MANIFEST_NAME)
-    try:
-        manifest = parse_json(source.read_bytes(), MANIFEST_NAME)
-        found = fingerprint(path)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or source}: cannot be read ({error.strerror})") from None
-    if manifest.keys() != found.keys():
+def _expected_sum(folder: Path, path: Path) -> Any:
+    """The sha256 in the manifest, if the file has the size that it says; so a file of another size is never read."""
+    manifest = read_json(inside(folder, MANIFEST_NAME), MANIFEST_NAME)
+    if manifest.keys() != {"sha256", "size"}:
         raise CheckpointError(f"{MANIFEST_NAME}: expected an object with sha256 and size")
-    if found["size"] != manifest["size"]:
+    size = path.stat().st_size
+    if size != manifest["size"]:
         raise CheckpointError(
-            f"{SINGLE_NAME}: {found['size']:,} bytes, but {MANIFEST_NAME} says {manifest['size']!r:.80}; install again"
+            f"{SINGLE_NAME}: {size:,} bytes, but {MANIFEST_NAME} says {manifest['size']!r:.80}; install again"
         )
-    if found["sha256"] != manifest["sha256"]:
-        raise CheckpointError(
-            f"{SINGLE_NAME}: sha256 is not the one in {MANIFEST_NAME}: the file is damaged; install again"
-        )
+    return manifest["sha256"]
 
 
-def _check_entries(config: MixtralConfig, header: Header, rows: int) -> None:
+def compact_header(folder: Path, config: MixtralConfig) -> Header:
+    """The header of the weights of a compact folder, if its tensors are those that the config asks for.
+
+    Raises:
+        CheckpointError: naming the first one that is not.
+    """
+    header = read_header(inside(folder, SINGLE_NAME), label=SINGLE_NAME)
     expected: dict[str, tuple[str, tuple[int, ...]]] = {_ROWS: ("I32", (config.vocab_size,))}
     for name, shape in parameter_shapes(config).items():
         if not _is_coded(name, shape):
             expected[name] = ("F32", shape)
             continue
-        stored = (rows, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+        if shape[-1] % GROUP:
+            raise CheckpointError(f"config.json: {name!r} is {list(shape)}; rows here are multiples of {GROUP}")
+        stored = (_rows(header), *shape[1:]) if name in (EMBEDDING, HEAD) else shape
         expected[f"{name}.q8"] = ("I8", stored)
         expected[f"{name}.scale"] = ("F16", (*stored[:-1], stored[-1] // GROUP))
-    for name in _RESPELL:
-        expected[name] = ("I32", header.entries[name].shape[:1] if name in header.entries else (0,))
+    for name, most in zip(_RESPELL, (1, 1, MAX_PIECES), strict=True):
+        count = header.entries[name].shape[:1] if name in header.entries else (0,)
+        expected[name] = ("I32", tuple(min(number, most * (config.vocab_size + 1)) for number in count))
     found = {name: (entry.dtype, entry.shape) for name, entry in header.entries.items()}
     odd = [name for name in [*expected, *found] if expected.get(name) != found.get(name)]
     if odd:
@@ -191,13 +200,13 @@ def _check_entries(config: MixtralConfig, header: Header, rows: int) -> None:
             f"{SINGLE_NAME}: {odd[0]!r} is {found.get(odd[0], 'missing')}, "
             f"expected {expected.get(odd[0], 'no such tensor')}"
         )
+    return header
 
 
-def _small(header: Header, reader: ShardReader, name: str) -> Tensor:
-    entry = header.entries.get(name)
-    if entry is None or entry.dtype != "I32" or len(entry.shape) != 1:
-        raise CheckpointError(f"{SINGLE_NAME}: expected a tensor {name!r} of int32 with one dimension")
-    return _tensor(entry, reader)
+def _rows(header: Header) -> int:
+    """How many rows embedding and head have on disk."""
+    entry = header.entries.get(f"{EMBEDDING}.q8")
+    return entry.shape[0] if entry is not None and entry.shape else 0
 
 
 def _tensor(entry: Entry, reader: ShardReader) -> Tensor:
@@ -213,7 +222,7 @@ def _read(header: Header, reader: ShardReader, name: str) -> Tensor:
 
 
 def _read_respell(header: Header, reader: ShardReader, vocab_size: int) -> dict[int, tuple[int, ...]]:
-    ids, offsets, spelled = (_small(header, reader, name).tolist() for name in _RESPELL)
+    ids, offsets, spelled = (_tensor(header.entries[name], reader).tolist() for name in _RESPELL)
     pairs = list(itertools.pairwise(offsets))
     if (
         not offsets

@@ -10,7 +10,7 @@ from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError
 from mixtral.files.pth import read_archives
 from mixtral.files.read import Entry
-from mixtral.files.safetensors import inside, parse_json, read_checkpoint
+from mixtral.files.safetensors import inside, read_checkpoint, read_json
 
 __all__ = ["PARAMS_NAME", "STEM", "from_params", "pickled_files", "read_consolidated", "read_params", "to_params"]
 
@@ -44,11 +44,9 @@ def read_params(folder: Path) -> MixtralConfig:
     if not path.exists():
         raise ConfigError(f"{path}: no such file; {STEM}.* needs it beside it")
     try:
-        values = parse_json(inside(folder, PARAMS_NAME).read_bytes(), PARAMS_NAME)
+        values = read_json(inside(folder, PARAMS_NAME), PARAMS_NAME)
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     return from_params(values)
 
 

@@ -63,7 +63,7 @@ def config_from_gguf(found: Gguf, source: str) -> MixtralConfig:
     """
     metadata = found.metadata
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
+    if not isinstance(architecture, str) or architecture != "llama":
         raise ConfigError(f"{source}: architecture is {architecture!r:.40}; a Mixtral is 'llama' with experts")
     experts = metadata.get("llama.expert_count", 0)
     if not isinstance(experts, int) or experts < 2:
@@ -89,7 +89,8 @@ def _number(value: Any, key: str, source: str) -> Any:
     """A float32 of the file as the decimal number that it came from: 1e-05, not 9.999999747378752e-06."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{source}: {key} is {value!r:.40}; expected a number", param=key)
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    with np.errstate(over="ignore"):  # infinity is refused with the other numbers
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _vocab_size(found: Gguf, source: str) -> int:
