@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from mixtral.config import preset
+from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.quant import native
 from mixtral.tokenizer import gguf_vocabulary
 from mixtral.weights.gguf_model import to_metadata
-from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.weights.names import Piece, is_router, tensors
 
 PEER = """

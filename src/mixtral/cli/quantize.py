@@ -1,14 +1,16 @@
-"""``mixtral quantize``: a smaller GGUF file, and with ``--check`` how much worse it is."""
+"""``mixtral quantize``: a smaller GGUF file, or a folder of integers, and with ``--check`` how much worse it is."""
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mixtral.cli import output
+from mixtral.cli.convert import copy_beside
 
 if TYPE_CHECKING:
     from mixtral.weights.importance import Coverage
@@ -20,8 +22,10 @@ _LISTED = 8
 
 def run(
     source: Annotated[str, typer.Argument(metavar="SRC", help='Folder, GGUF file, or "embedded".')],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The file to write: NAME.gguf.")],
-    form: Annotated[str, typer.Option("--format", help="q8_0, q6_k, q5_k_m, q4_k_m, q4_k_s, q3_k_m, q2_k, q4_0 ...")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="File to write, NAME.gguf; of integers a folder.")],
+    form: Annotated[
+        str, typer.Option("--format", help="q8_0, q6_k, q5_k_m, q4_k_m, q3_k_m, q2_k ...; int8, int4_g32 to int3_g128.")
+    ],
     importance: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What llama-imatrix wrote: the columns that matter most.")
     ] = None,
@@ -32,10 +36,20 @@ def run(
 ) -> None:
     """Write a model in a quantised format; one matrix is in memory at a time, two models with --check."""
     from mixtral.api import folder_of
-    from mixtral.errors import RequestError
+    from mixtral.errors import ConfigError, RequestError
     from mixtral.plan import count_parameters
+    from mixtral.quant.mixes import MIXES
+    from mixtral.quant.rtn import INT_FORMS
     from mixtral.tokenizer import gguf_vocabulary
-    from mixtral.weights.convert import convert_to_gguf
+    from mixtral.weights.convert import convert, convert_to_gguf
+
+    if form not in MIXES and form not in INT_FORMS:
+        raise ConfigError(
+            f"--format is {form!r}; a GGUF file can be {', '.join(MIXES)}; a folder of integers {', '.join(INT_FORMS)}",
+            param="format",
+        )
+    if form in INT_FORMS and importance is not None:
+        raise ConfigError(f"--importance is for GGUF formats; {form} takes none", param="importance")
 
     text = None
     if check is not None:
@@ -47,19 +61,16 @@ def run(
             raise RequestError(f"{check}: holds no text", param="check")
     started = time.perf_counter()
     with output.progress("quantising") as progress:
-        moved = convert_to_gguf(
-            folder_of(source),
-            target,
-            form=form,
-            importance=importance,
-            vocabulary=gguf_vocabulary,
-            unpickle=unpickle,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    seconds, size = time.perf_counter() - started, target.stat().st_size
+        if form in INT_FORMS:
+            write = partial(convert, layout="per-expert")
+        else:
+            write = partial(convert_to_gguf, importance=importance, vocabulary=gguf_vocabulary)
+        moved = write(folder_of(source), target, form=form, unpickle=unpickle, overwrite=overwrite, progress=progress)
+    seconds = time.perf_counter() - started
     bits = 8 * moved.size_bytes / count_parameters(moved.config).total
-    output.say(f"{target}: {form}, {size / 1e9:,.2f} GB, {bits:.2f} bits per weight, in {seconds:,.1f} s")
+    output.say(f"{target}: {form}, {moved.size_bytes / 1e9:,.2f} GB, {bits:.2f} bits per weight, in {seconds:,.1f} s")
+    if form in INT_FORMS:
+        copy_beside(folder_of(source), target, None, overwrite)
     if moved.coverage is not None:
         _report(moved.coverage)
     if text is not None:

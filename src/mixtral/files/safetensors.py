@@ -271,14 +271,25 @@ def record(name: str, tensor: Tensor) -> Record:
     return Record(name, tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
+def _aligned(records: Iterable[Record]) -> list[Record]:
+    """In the given order, if every tensor then begins at a multiple of the size of its values; else the widest first,
+    which brings that about without padding: the format does not allow any."""
+    ordered = list(records)
+    position = 0
+    for item in ordered:
+        if position % item.dtype.itemsize:
+            return sorted(ordered, key=lambda record: -record.dtype.itemsize)
+        position += item.size_bytes
+    return ordered
+
+
 def write_shard(path: Path, records: Iterable[Record], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file, a part of a tensor at a time. The caller flushes it to disk and renames it.
 
     Raises:
         OSError: the file cannot be written.
     """
-    # Widest values first keeps every tensor aligned without padding, which the format does not allow.
-    ordered = sorted(records, key=lambda record: -record.dtype.itemsize)
+    ordered = _aligned(records)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for item in ordered:

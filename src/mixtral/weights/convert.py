@@ -16,10 +16,12 @@ from mixtral.errors import CheckpointError, ConfigError
 from mixtral.files.read import DTYPES
 from mixtral.files.safetensors import Record
 from mixtral.quant.mixes import mix_of
+from mixtral.quant.rtn import IntForm, int_form
 from mixtral.weights.checkpoint import open_checkpoint, unchanged
 from mixtral.weights.compact import is_compact, load_compact
 from mixtral.weights.gguf_save import gguf_records, write_gguf_model
 from mixtral.weights.importance import Coverage, coverage, read_importance
+from mixtral.weights.integer_save import integer_config, integer_records, is_integer_piece, kept_integers
 from mixtral.weights.load import checked_dtype
 from mixtral.weights.matrices import CheckpointMatrices, Matrices, ModelMatrices
 from mixtral.weights.names import Layout, Piece, is_router, tensors
@@ -49,6 +51,7 @@ def convert(
     *,
     layout: Layout,
     dtype: torch.dtype | None = None,
+    form: str | None = None,
     vocab_size: int | None = None,
     unpickle: bool = False,
     overwrite: bool = False,
@@ -58,7 +61,9 @@ def convert(
     """Read a checkpoint of any layout and write it in one of the ``WRITABLE`` ones, complete or not at all.
 
     At most one matrix of one expert, or one table, is in memory. Without ``dtype`` every tensor keeps its own, so the
-    values are the same bit for bit. ``vocab_size`` moves between the vocabularies v1 (32,000) and v3 (32,768).
+    values are the same bit for bit. ``form`` is one of ``quant.rtn.INT_FORMS``, for the layout "per-expert": the
+    matrices of attention and experts become integers. ``vocab_size`` moves between the vocabularies v1 (32,000) and v3
+    (32,768).
 
     Raises:
         ConfigError: the config, layout, dtype or vocabulary is wrong.
@@ -70,15 +75,18 @@ def convert(
         raise ConfigError(f"layout is {layout!r}; expected one of {', '.join(WRITABLE)}", param="layout")
     if dtype is not None:
         checked_dtype(dtype)
+    integers = None if form is None else int_form(form)
+    if integers is not None and layout != "per-expert":
+        raise ConfigError(f"layout is {layout!r}; integers are written as 'per-expert'", param="layout")
     with _told(folder):
         if folder.exists() and source.exists() and folder.samefile(source):
             raise CheckpointError(f"{folder}: is what would be read; choose another folder for the result")
         check_folder(folder, overwrite=overwrite)
         with _opened(source, vocab_size, unpickle) as (found, told):
             counter = _Counter(progress)
-            records = [_record(found, tensor, dtype, counter) for tensor in tensors(found.config, layout)]
+            records, extra = _records(found, layout, dtype, integers, counter)
             counter.total = sum(record.size_bytes for record in records)
-            write_folder(folder, found.config, layout, records, shard_size_bytes=shard_size_bytes)
+            write_folder(folder, found.config, layout, records, shard_size_bytes=shard_size_bytes, extra=extra)
             return Moved(*told, found.config, counter.total)
 
 
@@ -152,6 +160,25 @@ class _Counter:
     def add(self, count: int) -> None:
         self._done += count
         self._progress(self._done, self.total)
+
+
+def _records(
+    source: Matrices, layout: Layout, dtype: torch.dtype | None, form: IntForm | None, counter: _Counter
+) -> tuple[list[Record], dict[str, Any]]:
+    """What is written, and what the config says about it besides the sizes of the model."""
+    wanted = tensors(source.config, layout)
+    if form is None:
+        return [_record(source, tensor, dtype, counter) for tensor in wanted], {}
+    brought = kept_integers(source, [piece for tensor in wanted for piece in tensor if is_integer_piece(piece)], form)
+    records: list[Record] = []
+    for tensor in wanted:
+        if is_integer_piece(tensor[0]):
+            records += integer_records(source, tensor[0], form, brought, counter.add)
+        else:
+            # The dtype of the scales, where a table is quantised in the source and nobody chose one.
+            packed = not source.formats(tensor) <= DTYPES.keys()
+            records.append(_record(source, tensor, torch.float16 if packed and dtype is None else dtype, counter))
+    return records, {"quantization_config": integer_config(form, brought)}
 
 
 def _record(source: Matrices, tensor: Sequence[Piece], dtype: torch.dtype | None, counter: _Counter) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mixtral.quant.formats import FORMATS
 from mixtral.quant.mixes import MIXES, Mix
 from mixtral.weights.gguf_model import to_metadata
 from mixtral.weights.importance import Importance
-from mixtral.weights.matrices import Matrices
+from mixtral.weights.matrices import Matrices, warn_again
 from mixtral.weights.names import Piece, is_router, layer_of, tensors
 
 __all__ = ["gguf_records", "write_gguf_model"]
@@ -44,12 +43,7 @@ def gguf_records(source: Matrices, mix: Mix | None, importance: Importance | Non
         found, chosen = source.formats(tensor), records[-1].format
         if found != {chosen} and chosen not in DTYPES:
             again |= found - DTYPES.keys()
-    if again:
-        warnings.warn(
-            f"matrices that are quantised already ({', '.join(sorted(again))}) are quantised anew: the errors of both "
-            "add up; the original weights give a better result",
-            stacklevel=3,
-        )
+    warn_again(again)
     return records
 
 
@@ -65,6 +59,12 @@ def _record(source: Matrices, tensor: Sequence[Piece], mix: Mix | None, importan
     else:
         raise CheckpointError(
             f"{first.name!r} would be made of {', '.join(sorted(found))}; choose one format for the result",
+            param="format",
+        )
+    if chosen not in FORMATS:
+        raise CheckpointError(
+            f"{first.name!r} would be made of {chosen} weights, which no GGUF format holds exactly; choose one for the "
+            "result",
             param="format",
         )
     try:

@@ -26,6 +26,7 @@ from mixtral.errors import CheckpointError
 from mixtral.files.read import DTYPES, Entry, ShardReader
 from mixtral.quant.bits import unpack_bits
 from mixtral.quant.packed import Groups, group_label
+from mixtral.quant.recode import GROUP, Kept, kept
 from mixtral.weights.coding import Coding
 
 __all__ = ["CodedEntry", "is_coded_part", "join_coded", "read_groups"]
@@ -50,6 +51,13 @@ class CodedEntry(Entry):
     bits: int
     coding: Coding
     parts: Mapping[str, Entry]
+
+    @property
+    def blocks(self) -> str | None:
+        """The GGML format that holds the same values, as far as the headers tell; None if there is none."""
+        scales = self.parts.get("scales") or self.parts["weight_scale"]
+        plain = kept(self.dtype, self.bits, GROUP) == Kept(zeros=False, order=False)
+        return ("Q4_0" if self.bits <= 4 else "Q8_0") if plain and scales.dtype == "F16" else None
 
 
 def is_coded_part(name: str) -> bool:

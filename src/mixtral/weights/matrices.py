@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol
@@ -13,12 +14,15 @@ from torch import Tensor
 from mixtral.config import MixtralConfig
 from mixtral.files.read import DTYPES
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.packed import Packed
+from mixtral.quant.recode import as_blocks
 from mixtral.weights.checkpoint import Checkpoint
+from mixtral.weights.integer import CodedEntry, read_groups
 from mixtral.weights.names import EMBEDDING, HEAD, Piece
 from mixtral.weights.reader import MatrixReader
 from mixtral.weights.upgrade import downgrade_rows, upgrade_rows, upgraded
 
-__all__ = ["CheckpointMatrices", "Matrices", "ModelMatrices"]
+__all__ = ["CheckpointMatrices", "Matrices", "ModelMatrices", "warn_again"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -38,6 +42,10 @@ class Matrices(Protocol):
 
     def blocks(self, wanted: Piece) -> Tensor | None:
         """The rows of a piece as bytes, uint8 [rows, bytes], for a file of its layout; None if it has to be encoded."""
+        ...
+
+    def packed(self, wanted: Piece) -> Packed | None:
+        """A matrix in our order as it is stored; None if it is made of floats, or lies transposed."""
         ...
 
 
@@ -62,7 +70,8 @@ class CheckpointMatrices:
 
     def formats(self, wanted: Sequence[Piece]) -> set[str]:
         """As in ``Matrices``."""
-        return {self.found.entries[self._pieces[piece.key].name].dtype for piece in wanted}
+        entries = (self.found.entries[self._pieces[piece.key].name] for piece in wanted)
+        return {(isinstance(entry, CodedEntry) and entry.blocks) or entry.dtype for entry in entries}
 
     def values(self, wanted: Piece, dtype: torch.dtype) -> Tensor:
         """As in ``Matrices``."""
@@ -80,9 +89,21 @@ class CheckpointMatrices:
         piece = self._pieces[wanted.key]
         if self._grows(wanted) or "transposed" in (piece.order, wanted.order):
             return None
+        entry = self.found.entries[piece.name]
+        if isinstance(entry, CodedEntry):
+            rows = as_blocks(read_groups(self._reader, entry), entry.blocks) if entry.blocks else None
+            return None if rows is None else wanted.to_file(rows)
         found = self._reader.raw(self.found.entries[piece.name], first=piece.first, count=math.prod(piece.shape))
         rows = found.view(piece.shape[0] if len(piece.shape) > 1 else 1, -1)
         return wanted.to_file(piece.to_ours(rows))
+
+    def packed(self, wanted: Piece) -> Packed | None:
+        """As in ``Matrices``."""
+        piece = self._pieces[wanted.key]
+        entry = self.found.entries[piece.name]
+        if self._grows(wanted) or piece.order == "transposed" or entry.dtype in DTYPES:
+            return None
+        return self._reader.packed(entry, piece)
 
     def _grows(self, wanted: Piece) -> bool:
         return self.config.vocab_size != self.found.config.vocab_size and wanted.parameter in (EMBEDDING, HEAD)
@@ -106,3 +127,17 @@ class ModelMatrices:
     def blocks(self, wanted: Piece) -> Tensor | None:
         """As in ``Matrices``."""
         return None
+
+    def packed(self, wanted: Piece) -> Packed | None:
+        """As in ``Matrices``."""
+        return None
+
+
+def warn_again(formats: set[str]) -> None:
+    """Say that matrices of these formats, which are quantised already, lose more when they are quantised anew."""
+    if formats:
+        warnings.warn(
+            f"matrices that are quantised already ({', '.join(sorted(formats))}) are quantised anew: the errors of "
+            "both add up; the original weights give a better result",
+            stacklevel=3,
+        )

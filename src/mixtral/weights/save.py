@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,17 @@ def _write(model: Mixtral, folder: Path, layout: Layout, shard_size_bytes: int) 
 
 
 def write_folder(
-    folder: Path, config: MixtralConfig, layout: Layout, records: Sequence[Record], *, shard_size_bytes: int
+    folder: Path,
+    config: MixtralConfig,
+    layout: Layout,
+    records: Sequence[Record],
+    *,
+    shard_size_bytes: int,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config and safetensors of one of the ``WRITABLE`` layouts, complete or not at all; files of another
     checkpoint go. Mistral's tools want all tensors in one file, so ``shard_size_bytes`` counts only for the others.
+    ``extra`` goes into ``config.json``.
 
     Raises:
         OSError: the folder cannot be written; it is as it was.
@@ -92,8 +99,11 @@ def write_folder(
         if layout == "consolidated":
             commit.path(PARAMS_NAME).write_text(to_json(to_params(config)), encoding="utf-8")
         else:
-            dtype = Counter(item.dtype for item in records).most_common(1)[0][0]
-            values = {**config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+            floats = Counter(
+                item.dtype for item in records if item.dtype.is_floating_point and "_scale" not in item.name
+            )
+            dtype = floats.most_common(1)[0][0]
+            values = {**config.to_dict(), **(extra or {}), "torch_dtype": str(dtype).removeprefix("torch.")}
             commit.path("config.json").write_text(to_json(values), encoding="utf-8")
         commit.finish(remove=weight_files(folder))
 

@@ -1,9 +1,10 @@
-"""What each GGUF format costs on the embedded model, quantised by us and by llama.cpp from the same float16 file.
+"""What each number format costs on the embedded model; GGUF formats by us and by llama.cpp from one float16 file.
 
-    python benchmarks/gguf_quality.py --peer PYTHON [--tokens 3000]
+    python benchmarks/quality.py --peer PYTHON [--tokens 3000]
 
 PYTHON is an interpreter that has llama-cpp-python. Both files are run by our reference path in float32, on held-out
-documents of the town desk. Prints a table: file size, perplexity, Kullback-Leibler divergence from the float16 file.
+documents of the town desk; folders of integers are only ours. Prints a table: file size, perplexity, Kullback-Leibler
+divergence from the float16 file.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from mixtral.desk.write import document
 from mixtral.evaluate.divergence import Comparison, compare
 from mixtral.tokenizer import gguf_vocabulary
 from mixtral.train.data import encode_document
-from mixtral.weights.convert import convert_to_gguf
+from mixtral.weights.convert import convert, convert_to_gguf
 from quantize import PEER
 
 FORMS = ("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q3_k_s", "q2_k")
+INTEGERS = ("int8", "int8_g32", "int4_g32", "int4_g64", "int4_g128", "int3_g32", "int3_g64", "int3_g128")
 
 
 def write(source: Path, target: Path, form: str) -> None:
@@ -50,7 +52,7 @@ def documents(tokens: int) -> list[list[int]]:
 
 def logits(path: Path, texts: list[list[int]]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """Logits after each token of each document, one after the other."""
-    llm = mixtral.load(path, dtype="float32")
+    llm = mixtral.load(path, dtype="float32", decode=True)
     return torch.cat([llm.logits(ids) for ids in texts]).numpy()
 
 
@@ -75,6 +77,11 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             found = [(path.stat().st_size, compare(before, logits(path, texts), ids)) for path in (ours, theirs)]
             print(f"| {form} | " + " | ".join(" / ".join(cell) for cell in zip(*map(cells, found), strict=True)) + " |")
+        for form in INTEGERS:
+            convert(source, folder / form, layout="per-expert", form=form)
+            size = (folder / form / "model.safetensors").stat().st_size
+            found = [(size, compare(before, logits(folder / form, texts), ids))]
+            print(f"| {form} | " + " | ".join(cells(found[0])) + " |", flush=True)
 
 
 def cells(measured: tuple[int, Comparison]) -> list[str]:
