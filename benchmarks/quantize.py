@@ -1,7 +1,8 @@
-"""Time and memory of quantising full-width 8x7B layers, beside llama.cpp's quantiser on the same file and threads.
+"""Time and memory of quantising full-width layers, beside llama.cpp's quantiser on the same file and threads.
 
-    python benchmarks/quantize.py --folder DIR                       # 4 layers: 12.1 GB in float16, made once in DIR
+    python benchmarks/quantize.py --folder DIR                  # 4 layers of 8x7B: 12.1 GB in float16, made once in DIR
     python benchmarks/quantize.py --folder DIR --layers 1 --peer PYTHON
+    python benchmarks/quantize.py --folder DIR --preset 8x22b --layers 1 --format q4_k_m int4_g128
     python benchmarks/quantize.py --encoders         # the encoders alone, in memory, on one core
 
 PYTHON is an interpreter that has llama-cpp-python. Every measurement is a process of its own: seconds from start to the
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from torch import Tensor
 from mixtral.config import preset
 from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.quant import native
+from mixtral.quant.rtn import INT_FORMS
 from mixtral.tokenizer import gguf_vocabulary
 from mixtral.weights.gguf_model import to_metadata
 from mixtral.weights.names import Piece, is_router, tensors
@@ -38,9 +41,9 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 """
 
 
-def make(path: Path, layers: int) -> None:
-    """A float16 file of the width of 8x7B with random weights, a matrix at a time."""
-    config = preset("8x7b").replace(num_hidden_layers=layers)
+def make(path: Path, name: str, layers: int) -> None:
+    """A float16 file of the width of a preset with random weights, a matrix at a time."""
+    config = preset(name).replace(num_hidden_layers=layers)
     generator = torch.Generator().manual_seed(0)
 
     def values(pieces: list[Piece]) -> Iterator[Tensor]:
@@ -60,6 +63,8 @@ def make(path: Path, layers: int) -> None:
 
 def measure(name: str, command: list[str], target: Path, gigabytes: float) -> None:
     """Run a command; print its seconds, the speed by the size of its input, and its highest resident memory."""
+    if target.is_dir():
+        shutil.rmtree(target)
     target.unlink(missing_ok=True)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -96,7 +101,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--encoders", action="store_true")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--format", default="q4_k_m")
+    parser.add_argument("--preset", default="8x7b")
+    parser.add_argument("--format", nargs="+", default=["q4_k_m"])
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--peer", help="an interpreter with llama-cpp-python")
     options = parser.parse_args()
@@ -106,26 +112,27 @@ def main() -> None:
     if options.folder is None:
         parser.error("--folder or --encoders is needed")
     options.folder.mkdir(parents=True, exist_ok=True)
-    source = options.folder / f"random-{options.layers}.f16.gguf"
+    source = options.folder / f"random-{options.preset}-{options.layers}.f16.gguf"
     if not source.exists():
-        make(source.with_suffix(".part"), options.layers)
+        make(source.with_suffix(".part"), options.preset, options.layers)
         os.replace(source.with_suffix(".part"), source)
     gigabytes, threads = source.stat().st_size / 1e9, len(os.sched_getaffinity(0))
-    print(f"{source.name}: {gigabytes:.2f} GB to {options.format}, {threads} threads", flush=True)
-    ours, theirs, back = (options.folder / name for name in ("ours.gguf", "theirs.gguf", "back"))
-    command = [sys.executable, "-m", "mixtral"]
-    for _ in range(options.turns):
-        measure(
-            "mixtral quantize",
-            [*command, "quantize", str(source), str(ours), "--format", options.format],
-            ours,
-            gigabytes,
-        )
-        if options.peer:
-            arguments = [options.peer, "-c", PEER, str(source), str(theirs), options.format, str(threads)]
-            measure("llama.cpp", arguments, theirs, gigabytes)
-    hf = [*command, "convert", str(ours), str(back), "--to", "hf-per-expert", "--dtype", "bfloat16", "--overwrite"]
-    measure("mixtral convert (back)", hf, back, ours.stat().st_size / 1e9) if not back.exists() else None
+    print(f"{source.name}: {gigabytes:.2f} GB, {threads} threads", flush=True)
+    mixtral = [sys.executable, "-m", "mixtral"]
+    for form in options.format:
+        ours, theirs = (options.folder / f"{name}.{form}" for name in ("ours", "theirs"))
+        ours = ours if form in INT_FORMS else ours.with_name(f"{ours.name}.gguf")
+        for _ in range(options.turns):
+            command = [*mixtral, "quantize", str(source), str(ours), "--format", form]
+            measure(f"mixtral, {form}", command, ours, gigabytes)
+            if options.peer and form not in INT_FORMS:
+                command = [options.peer, "-c", PEER, str(source), str(theirs), form, str(threads)]
+                measure(f"llama.cpp, {form}", command, theirs, gigabytes)
+        back = options.folder / "back"
+        command = [*mixtral, "convert", str(ours), str(back), "--to", "hf-per-expert", "--dtype", "bfloat16"]
+        written = ours.stat().st_size if ours.is_file() else sum(file.stat().st_size for file in ours.iterdir())
+        measure(f"mixtral, {form} to hf", command, back, written / 1e9)
+        shutil.rmtree(back)
 
 
 if __name__ == "__main__":
