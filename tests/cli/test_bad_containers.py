@@ -31,6 +31,15 @@ def member_twice(path: Path) -> None:
             archive.writestr(name, bytes(8))
 
 
+def longer_header(path: Path) -> None:
+    """The header before the first values says that it is longer by four bytes, one value of float32."""
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"PK\3\4", 0, data.index(b"/data/0"))
+    (extra,) = struct.unpack_from("<H", data, at + 28)
+    struct.pack_into("<H", data, at + 28, extra + 4)
+    path.write_bytes(data)
+
+
 def large_list(path: Path) -> None:
     """The end of the archive says that the list of its members takes the whole of a large file."""
     size = 6 << 20
@@ -74,6 +83,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "cut pickle": (members(lambda n, d: d[:-9] if n == "data.pkl" else d), ["consolidated.00.pth: "]),
     "compressed": (members(lambda n, d: d, compressed=True), ["is compressed, which torch never does"]),
     "a member twice": (member_twice, ["data/0' is in the archive twice"]),
+    "values moved by one": (longer_header, ["data/0' does not end where it should"]),
     "a large list of members": (large_list, ["a list of members of 6,291,456 bytes"]),
 }
 

@@ -157,10 +157,15 @@ def _values(members: Sequence[zipfile.ZipInfo], label: str) -> list[zipfile.ZipI
 
 
 def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Where the contents of a member begin: behind a header with a name and an extra field of any length."""
+    """Where the contents of a member begin: behind a header with a name and an extra field of any length. As a damaged
+    length would shift the values, what follows them must be the next record of the archive."""
     file.seek(member.header_offset + 26)
     name, extra = struct.unpack("<HH", file.read(4))
-    return member.header_offset + 30 + int(name) + int(extra)
+    start = member.header_offset + 30 + int(name) + int(extra)
+    file.seek(start + member.file_size)
+    if file.read(4) not in (b"PK\7\10", b"PK\3\4", b"PK\1\2"):
+        raise zipfile.BadZipFile(f"{member.filename[:80]!r} does not end where it should")
+    return start
 
 
 def _check_pickle(data: bytes, label: str) -> None:
