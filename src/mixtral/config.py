@@ -61,6 +61,7 @@ REPORTED_KEYS: Mapping[str, tuple[tuple[Any, ...], str]] = {
 THETA = 1e6  # of every Mixtral; 10000, the default of other models, ruins the answers
 
 # Far above any model; without a bound a damaged file could make us list billions of tensors.
+MOST_BYTES = 16_000_000
 MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024}
 
 
@@ -231,7 +232,11 @@ def read_config(path: Path) -> MixtralConfig:
         ConfigError: the file is missing, is not UTF-8 JSON, or does not describe a Mixtral.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ConfigError(f"{path}: larger than {MOST_BYTES:,} bytes; this is no config")
+        values = json.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; expected a folder that holds config.json") from None
     except OSError as error:

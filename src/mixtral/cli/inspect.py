@@ -123,6 +123,7 @@ def _files(folder: Path, config: MixtralConfig, unpickle: bool) -> tuple[dict[st
     from mixtral.weights import find_gguf, is_compact
     from mixtral.weights.checkpoint import open_checkpoint
     from mixtral.weights.compact import compact_header
+    from mixtral.weights.integer import CodedEntry
     from mixtral.weights.oddities import config_oddities, oddities
     from mixtral.weights.save import weight_files
 
@@ -136,6 +137,8 @@ def _files(folder: Path, config: MixtralConfig, unpickle: bool) -> tuple[dict[st
     else:
         checkpoint = open_checkpoint(folder, unpickle=unpickle)
         entries, layout, metadata = checkpoint.entries, checkpoint.layout, checkpoint.metadata
+        methods = {entry.coding.method for entry in entries.values() if isinstance(entry, CodedEntry)}
+        layout = f"{layout}, integers of {methods.pop()}" if methods else layout
         odd = oddities(checkpoint)
     shards = {entry.shard for entry in entries.values()}
     files = {

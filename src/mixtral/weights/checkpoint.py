@@ -179,6 +179,11 @@ def _check_sizes(config: MixtralConfig, entries: Mapping[str, Entry], layout: La
         said = getattr(config, name)
         if said != number:
             raise CheckpointError(f"{source} says {name} {said}, but the tensors have {number}", param=name)
+    # A few names are enough to bear out enormous numbers, and listing every tensor that these promise takes long.
+    per_layer = sum(config.num_local_experts if "{e}" in row.file else 1 for row in TABLE[layout] if "{l}" in row.file)
+    promised = config.num_hidden_layers * per_layer
+    if promised > 2 * len(entries) + 100:
+        raise CheckpointError(f"{source} promises at least {promised:,} tensors, but the files hold {len(entries):,}")
 
 
 def _check_tensors(plan: Sequence[Piece], entries: Mapping[str, Entry], dtypes: Sequence[str], source: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.files.safetensors import inside, parse_json
+from mixtral.files.safetensors import inside, read_json
 
 __all__ = ["CODING_FILES", "Coding", "read_coding"]
 
@@ -41,11 +41,9 @@ def read_coding(folder: Path) -> Coding | None:
         if not os.path.lexists(folder / name):
             continue
         try:
-            values = parse_json(inside(folder, name).read_bytes(), name)
+            values = read_json(inside(folder, name), name)
         except CheckpointError as error:
             raise ConfigError(str(error)) from None
-        except OSError as error:
-            raise ConfigError(f"{folder / name}: cannot be read ({error.strerror})") from None
         found = values.get(key) if key else values
         if found is None:
             continue
