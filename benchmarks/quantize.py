@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,17 +84,23 @@ def measure(name: str, command: list[str], target: Path, gigabytes: float) -> No
 def measure_encoders() -> None:
     """Millions of values per second on one thread, by format and instruction set: medians of 7."""
     values = np.random.default_rng(0).standard_normal((1024, 4096)).astype(np.float32)
-    print(f"{'':6}" + "".join(f"{level:>10}" for level in native.levels()))
-    for name in native.ENCODERS:
+    encoders: dict[str, Callable[..., object]] = {
+        name: partial(native.encode, values, name, threads=1) for name in native.ENCODERS
+    }
+    for name, form in INT_FORMS.items():
+        if form.bits != 8:
+            encoders[name] = partial(native.encode_groups, values, form.bits, form.group, threads=1)
+    print(f"{'':10}" + "".join(f"{level:>10}" for level in native.levels()))
+    for name, encode in encoders.items():
         speeds = []
         for level in native.levels():
             seconds = []
             for _ in range(7):
                 started = time.perf_counter()
-                native.encode(values, name, threads=1, level=level)
+                encode(level=level)
                 seconds.append(time.perf_counter() - started)
             speeds.append(values.size / statistics.median(seconds) / 1e6)
-        print(f"{name:6}" + "".join(f"{speed:10.0f}" for speed in speeds), flush=True)
+        print(f"{name:10}" + "".join(f"{speed:10.0f}" for speed in speeds), flush=True)
 
 
 def main() -> None:

@@ -11,16 +11,9 @@
 namespace mixtral::MIXTRAL_LEVEL {
 namespace {
 
-constexpr float kTooLarge = 0x1p30f, kNothing = 0x1p-60f;
 constexpr float kLeastImportance = 0x1p-20f, kNoImportance = 0x1p-100f;
 
 // --- values in -------------------------------------------------------------------------------------------------------
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
 
 // The largest size among 256 values, as bits without the sign: their order is that of the sizes, NaN on top.
 inline uint32_t largest_bits(const float* values) {
@@ -32,16 +25,8 @@ inline uint32_t largest_bits(const float* values) {
   return static_cast<uint32_t>(largest);
 }
 
-// The power of two that brings a size (as bits, normal and below 2^126) into [0.5, 1).
-inline float unit_for(uint32_t bits) {
-  const uint32_t power = (253u - (bits >> 23)) << 23;
-  float unit;
-  __builtin_memcpy(&unit, &power, sizeof unit);
-  return unit;
-}
-
 template <typename Form>
-void turn(const float* values, float factor, Row* rows, int lane) {
+void turn_block(const float* values, float factor, Row* rows, int lane) {
   for (int i = 0; i < Form::Values; ++i) {
     for (int s = 0; s < Form::Subs; ++s) rows[i][lane + s] = values[s * Form::Values + i] * factor;
   }
@@ -202,7 +187,7 @@ Fault encode(const float* values, const float* importance, uint8_t* out, int64_t
       reachable[b] = largest < bits_of(kTooLarge);
       const bool something = reachable[b] && largest >= bits_of(kNothing);
       tile.unit[b] = something ? unit_for(largest) : 1.0f;
-      turn<Form>(x, something ? tile.unit[b] : 0.0f, tile.x, b * Form::Subs);
+      turn_block<Form>(x, something ? tile.unit[b] : 0.0f, tile.x, b * Form::Subs);
       if (importance) turn_importance<Form>(importance + (first + b) % per_row * kSuper, tile.w, b * Form::Subs);
     }
     // The second half of the last tile may be missing: lanes are apart, so whatever it holds does no harm.

@@ -1,6 +1,5 @@
-// Q4_0 and Q8_0: blocks of 32 values with one float16 scale, rounded to nearest; the same bytes as ggml's reference.
+// Q8_0: blocks of 32 values with one float16 scale, rounded to nearest; the same bytes as ggml's reference.
 #include <cmath>
-#include <cstring>
 
 #include "mixtral/half.h"
 #include "mixtral/kernels.h"
@@ -8,20 +7,18 @@
 namespace mixtral {
 namespace {
 
-constexpr int kValues = 32;
+constexpr int kValues = 32, kBytes = 34;
 constexpr float kLargest = 3.4028234663852886e38f;
 
-// The largest size of the block's values and the index of the first value that has it; false if a value is not finite.
-bool find_extreme(const float* x, float& size, int& index) {
+// The largest size of the block's values; false if a value is not finite.
+bool find_largest(const float* x, float& size) {
   size = 0.0f;
-  index = 0;
   bool finite = true;
   for (int i = 0; i < kValues; ++i) {
     const float a = std::fabs(x[i]);
     finite &= a <= kLargest;
     size = a > size ? a : size;
   }
-  while (finite && index < kValues - 1 && std::fabs(x[index]) != size) ++index;
   return finite;
 }
 
@@ -37,16 +34,7 @@ float invert(float d) {
   return std::fabs(inverse) <= kLargest ? inverse : 0.0f;
 }
 
-void pack_q4_0(const float* x, float inverse, uint8_t* out) {
-  uint8_t q[kValues];
-  for (int i = 0; i < kValues; ++i) {
-    const int level = static_cast<int>(x[i] * inverse + 8.5f);
-    q[i] = static_cast<uint8_t>(level > 15 ? 15 : level);
-  }
-  for (int i = 0; i < kValues / 2; ++i) out[i] = static_cast<uint8_t>(q[i] | q[i + kValues / 2] << 4);
-}
-
-void pack_q8_0(const float* x, float inverse, uint8_t* out) {
+void pack(const float* x, float inverse, uint8_t* out) {
   for (int i = 0; i < kValues; ++i) {
     const float v = x[i] * inverse;
     const float size = std::fabs(v);
@@ -57,38 +45,26 @@ void pack_q8_0(const float* x, float inverse, uint8_t* out) {
   }
 }
 
-template <int Bytes, typename Scale, typename Pack>
-Fault encode_range(const float* values, uint8_t* out, int64_t begin, int64_t end, Scale scale, Pack pack) {
+}  // namespace
+
+Fault encode_q8_0(const float* values, const float*, uint8_t* out, int64_t begin, int64_t end, int64_t) {
   Fault fault{Problem::none, 0};
   for (int64_t block = begin; block < end; ++block) {
     const float* x = values + block * kValues;
     float size;
-    int index;
-    if (!find_extreme(x, size, index)) return first_not_finite(values, block);
-    const float d = scale(size, x[index]);
+    if (!find_largest(x, size)) return first_not_finite(values, block);
+    const float d = size / 127.0f;
     const uint16_t half = nearest_half(d);
-    if ((half & 0x7FFF) >= kInfiniteHalf) {
+    if (half >= kInfiniteHalf) {
       if (fault.problem == Problem::none) fault = {Problem::too_large, block * kValues};
       continue;
     }
-    uint8_t* to = out + block * Bytes;
+    uint8_t* to = out + block * kBytes;
     to[0] = static_cast<uint8_t>(half);
     to[1] = static_cast<uint8_t>(half >> 8);
     pack(x, invert(d), to + 2);
   }
   return fault;
-}
-
-}  // namespace
-
-Fault encode_q4_0(const float* values, const float*, uint8_t* out, int64_t begin, int64_t end, int64_t) {
-  return encode_range<18>(
-      values, out, begin, end, [](float, float extreme) { return extreme / -8.0f; }, pack_q4_0);
-}
-
-Fault encode_q8_0(const float* values, const float*, uint8_t* out, int64_t begin, int64_t end, int64_t) {
-  return encode_range<34>(
-      values, out, begin, end, [](float size, float) { return size / 127.0f; }, pack_q8_0);
 }
 
 }  // namespace mixtral

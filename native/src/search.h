@@ -1,74 +1,18 @@
 // The search of src/mixtral/quant/search.py in vectors, a sub-block to a lane, bit for bit; for kquants.cpp alone.
 //
-// Lanes never mix inside a vector, and every sum runs over the values of its sub-block in order, so that the width of a
-// vector (MIXTRAL_WIDTH floats) changes nothing. Everything is internal to the including file: a copy made for wide
-// registers must never serve a processor without them.
+// Every sum runs over the values of its sub-block in order. Everything is internal to the including file, as in
+// vectors.h.
 #pragma once
 
-#include <cstdint>
-
-#ifdef MIXTRAL_X86
-#include <immintrin.h>
-#endif
-
 #include "mixtral/half.h"
+#include "vectors.h"
 
 namespace mixtral::MIXTRAL_LEVEL {
 namespace {
 
-constexpr int kWidth = MIXTRAL_WIDTH;
-constexpr int kLanes = 16;
 constexpr int kSuper = 256;
-constexpr float kTiny = 0x1p-60f, kFlat = 0x1p-10f, kHuge = 3.4028234663852886e38f;
-constexpr float kOffsets[] = {-1.5f, -1.125f, -0.75f, -0.375f, 0.0f, 0.375f, 0.75f};
+constexpr float kFlat = 0x1p-10f, kHuge = 3.4028234663852886e38f;
 constexpr float kNeighbours[] = {0.0f, 1.0f, -1.0f};
-
-typedef float Vec __attribute__((vector_size(4 * kWidth)));
-typedef float Row[kLanes] __attribute__((aligned(64)));
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline Vec all(float value) { return value - Vec{}; }
-
-inline Vec larger(Vec a, Vec b) {
-#if MIXTRAL_WIDTH == 16 && defined(__AVX512F__)
-  return _mm512_maskz_max_ps(0xFFFF, a, b);  // the plain one warns of an uninitialised value in GCC 12
-#elif MIXTRAL_WIDTH == 8 && defined(__AVX__)
-  return _mm256_max_ps(a, b);
-#elif MIXTRAL_WIDTH == 4 && defined(__SSE__)
-  return _mm_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
-inline Vec smaller(Vec a, Vec b) {
-#if MIXTRAL_WIDTH == 16 && defined(__AVX512F__)
-  return _mm512_maskz_min_ps(0xFFFF, a, b);
-#elif MIXTRAL_WIDTH == 8 && defined(__AVX__)
-  return _mm256_min_ps(a, b);
-#elif MIXTRAL_WIDTH == 4 && defined(__SSE__)
-  return _mm_min_ps(a, b);
-#else
-  return a < b ? a : b;
-#endif
-}
-
-inline Vec size_of(Vec a) { return larger(a, -a); }
-
-// a / b, and 0 where b is as good as 0.
-inline Vec divide(Vec a, Vec b) {
-  const auto usable = size_of(b) > kTiny;
-  return usable ? a / (usable ? b : all(1.0f)) : all(0.0f);
-}
-
-inline float divide(float a, float b) { return (b < 0.0f ? -b : b) > kTiny ? a / b : 0.0f; }
-
-// The nearest integer in low..high (small numbers), ties to even: the sum has no bits left for a fraction.
-inline Vec round_to(Vec x, float low, float high) {
-  const Vec clamped = smaller(larger(x, all(low)), all(high));
-  return (clamped + 12582912.0f) - 12582912.0f;
-}
 
 template <int Values_, int Top_, int Most_>
 struct Affine {

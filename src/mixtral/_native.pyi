@@ -12,3 +12,13 @@ def encode(
     threads: int,
     level: str = "",
 ) -> tuple[int, int, int]: ...
+def encode_groups(
+    values: npt.NDArray[np.float32],
+    bits: int,
+    group: int,
+    importance: npt.NDArray[np.float32] | None,
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint16],
+    threads: int,
+    level: str = "",
+) -> tuple[int, int, int]: ...

@@ -16,7 +16,7 @@ from mixtral.quant.formats import FORMATS
 from mixtral.quant.kencode import K_FORMATS, encode_k
 
 Floats = npt.NDArray[np.float32]
-ROUNDED = ("Q4_0", "Q8_0")
+ROUNDED = ("Q8_0",)
 
 
 def edge_rows() -> Floats:

@@ -26,4 +26,10 @@ Format find_format(std::string_view name, std::string_view level);
 Fault encode(const Format& format, const float* values, const float* importance, uint8_t* out, int64_t blocks,
              int64_t per_row, int threads);
 
+// The encoder of symmetric integers of `bits` in groups of `group` values; null if there is none, or no such level.
+GroupEncoder find_integers(int bits, int64_t group, std::string_view level);
+// As `encode`, for groups.
+Fault encode_groups(GroupEncoder encoder, int64_t group, const float* values, const float* importance, uint8_t* codes,
+                    uint8_t* scales, int64_t groups, int64_t per_row, int threads);
+
 }  // namespace mixtral

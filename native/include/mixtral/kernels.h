@@ -1,4 +1,4 @@
-// The table of block encoders that every instruction set fills.
+// The tables of encoders that every instruction set fills.
 #pragma once
 
 #include <cstdint>
@@ -19,24 +19,34 @@ struct Fault {
 using Encoder = Fault (*)(const float* values, const float* importance, uint8_t* out, int64_t begin, int64_t end,
                           int64_t per_row);
 
+// The same for symmetric integers: a block is a group, its integers go to `codes`, its float16 to `scales`.
+using GroupEncoder = Fault (*)(const float* values, const float* importance, uint8_t* codes, uint8_t* scales,
+                               int64_t begin, int64_t end, int64_t per_row);
+
 struct KernelTable {
   Encoder q2_k, q3_k, q4_k, q5_k, q6_k;
 };
 
-// One per instruction set, defined by src/kquants.cpp compiled once for each.
+struct GroupTable {
+  Encoder q4_0;
+  GroupEncoder int3[3], int4[3];  // groups of 32, 64, 128
+};
+
+// Two per instruction set, defined by src/kquants.cpp and src/groups.cpp, compiled once for each.
 namespace baseline {
 extern const KernelTable table;
-}
+extern const GroupTable groups;
+}  // namespace baseline
 namespace avx2 {
 extern const KernelTable table;
-}
+extern const GroupTable groups;
+}  // namespace avx2
 namespace avx512 {
 extern const KernelTable table;
-}
+extern const GroupTable groups;
+}  // namespace avx512
 
 // Round to nearest, the same for every instruction set (src/round.cpp). `importance` is ignored.
-Fault encode_q4_0(const float* values, const float* importance, uint8_t* out, int64_t begin, int64_t end,
-                  int64_t per_row);
 Fault encode_q8_0(const float* values, const float* importance, uint8_t* out, int64_t begin, int64_t end,
                   int64_t per_row);
 

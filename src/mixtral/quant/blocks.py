@@ -270,11 +270,6 @@ def _spanned(values: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return torch.cat((scale, low), 1), codes
 
 
-def _encode_q4_0(values: Tensor) -> tuple[Tensor, Tensor]:
-    scale, codes = _centred(values, 8)
-    return scale, _pack_halves(codes)
-
-
 def _encode_q4_1(values: Tensor) -> tuple[Tensor, Tensor]:
     scales, codes = _spanned(values, 15)
     return scales, _pack_halves(codes)
@@ -302,7 +297,6 @@ def _encode_q8_0(values: Tensor) -> tuple[Tensor, Tensor]:
 
 # Format -> float32 [N, 32] to its float32 scales and the bytes (int8) that follow them.
 _SCALED: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
-    "Q4_0": _encode_q4_0,
     "Q4_1": _encode_q4_1,
     "Q5_0": _encode_q5_0,
     "Q5_1": _encode_q5_1,

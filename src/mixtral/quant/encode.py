@@ -8,26 +8,24 @@ import torch
 from torch import Tensor
 
 from mixtral.quant import blocks, native
-from mixtral.quant.kencode import K_FORMATS
+from mixtral.quant.native import WEIGHTED
 
 __all__ = ["WEIGHTED", "encode_rows"]
-
-WEIGHTED = tuple(K_FORMATS)
-"""The formats whose encoders weigh errors by importance; all others round to nearest."""
 
 
 def encode_rows(values: Tensor, name: str, importance: npt.NDArray[np.float32] | None = None) -> Tensor:
     """Values [rows, N] on the CPU as uint8 [rows, bytes]; the bytes are the same whichever encoder made them.
 
-    ``importance`` [N] says how much an error in each column matters; formats that are not ``WEIGHTED`` ignore it.
+    ``importance`` [N] says how much an error in each column matters; formats that are not ``WEIGHTED`` round to nearest
+    and ignore it.
 
     Raises:
-        ConfigError: no such format, or one that only the compiled encoders write (Q2_K to Q6_K), and they are missing.
+        ConfigError: no such format, or one that only the compiled encoders write (``WEIGHTED``), and they are missing.
         CheckpointError: rows that are no whole blocks, values that the format cannot hold, or importance
             that is not float32 [N], finite and nowhere negative.
     """
     if name in blocks.ENCODED and not (name in native.ENCODERS and native.available()):
         return blocks.encode(values, name)
-    rows = values.to(torch.float32).contiguous().numpy()
+    rows = values.detach().to(torch.float32).contiguous().numpy()
     weights = importance if name in WEIGHTED else None
     return torch.from_numpy(native.encode(rows, name, importance=weights, threads=torch.get_num_threads()))

@@ -19,7 +19,18 @@ from mixtral.errors import CheckpointError, ConfigError
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.search import Affine, Floats, Halves, Stored, Symmetric, store_affine, store_symmetric, total
 
-__all__ = ["K_FORMATS", "check_importance", "check_values", "encode_k", "refuse_infinite", "refuse_too_large"]
+__all__ = [
+    "K_FORMATS",
+    "NOTHING",
+    "TOO_LARGE",
+    "check_importance",
+    "check_values",
+    "encode_k",
+    "even_importance",
+    "refuse_infinite",
+    "refuse_too_large",
+    "unit_of",
+]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -97,7 +108,7 @@ def refuse_infinite(name: str, row: int, column: int) -> None:
 def refuse_too_large(name: str, row: int, column: int, count: int) -> None:
     """Raise CheckpointError for a block of ``count`` values whose scale is beyond float16."""
     raise CheckpointError(
-        f"row {row}, columns {column} to {column + count - 1}: the scale of a {name} block is beyond float16 (65,504); "
+        f"row {row}, columns {column} to {column + count - 1}: the scale in {name} is beyond float16 (65,504); "
         "keep this tensor in F32 or BF16"
     )
 
@@ -107,20 +118,26 @@ def _encode_blocks(blocks: Floats, importance: Floats | None, name: str) -> tupl
     form, pack = K_FORMATS[name]
     largest = np.abs(blocks).max(axis=1)
     reachable = largest < TOO_LARGE
-    unit = _unit(np.where(reachable, largest, np.float32(0)), NOTHING)
+    unit = unit_of(np.where(reachable, largest, np.float32(0)), NOTHING)
     scaled = blocks * np.where(reachable & (largest >= NOTHING), unit, np.float32(0))[:, None]
     x = np.ascontiguousarray(scaled.reshape(-1, form.values).T)
     if importance is None:
         w = np.float32(0.125) * np.sqrt(total(x * x) / np.float32(form.values)) + np.abs(x)
     else:
-        peak = importance.max(axis=1)
-        scaled = importance * np.where(peak >= NO_IMPORTANCE, _unit(peak, NO_IMPORTANCE), np.float32(0))[:, None]
-        w = np.ascontiguousarray(np.maximum(scaled, LEAST_IMPORTANCE).reshape(-1, form.values).T)
+        w = np.ascontiguousarray(even_importance(importance).reshape(-1, form.values).T)
     stored = store_affine(x, w, form, unit) if isinstance(form, Affine) else store_symmetric(x, w, form, unit)
     return pack(stored), stored.fits & reachable
 
 
-def _unit(largest: Floats, least: np.float32) -> Floats:
+def even_importance(importance: Floats) -> Floats:
+    """Importance [n, columns], every row brought to the same size: only ratios inside it count, and none is zero."""
+    peak = importance.max(axis=1)
+    scaled = importance * np.where(peak >= NO_IMPORTANCE, unit_of(peak, NO_IMPORTANCE), np.float32(0))[:, None]
+    even: Floats = np.maximum(scaled, LEAST_IMPORTANCE)
+    return even
+
+
+def unit_of(largest: Floats, least: np.float32) -> Floats:
     """The power of two that brings ``largest`` into [0.5, 1); 1 where it is below ``least``."""
     _, exponent = np.frexp(np.where(largest >= least, largest, np.float32(0.5)))  # 0.5 is 0.5 * 2^0
     unit: Floats = np.ldexp(np.float32(1), -exponent)

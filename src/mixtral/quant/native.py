@@ -1,8 +1,8 @@
 """Compiled weight encoders: argument checks around one call of ``mixtral._native``.
 
-The bytes are those of the references: `mixtral.quant.kencode` for Q2_K to Q6_K, ggml's round-to-nearest for Q4_0 and
-Q8_0. They depend neither on the number of threads nor on the processor. Without the compiled module nothing here works;
-who wants the slow reference then calls it by name.
+The bytes are those of the references: `mixtral.quant.kencode` for Q2_K to Q6_K, `mixtral.quant.groups` for Q4_0, int4
+and int3, ggml's round-to-nearest for Q8_0. They depend neither on the number of threads nor on the processor. Without
+the compiled module nothing here works; who wants the slow reference then calls it by name.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import numpy.typing as npt
 
 from mixtral.errors import ConfigError
 from mixtral.quant.formats import FORMATS
+from mixtral.quant.groups import check_rows
 from mixtral.quant.kencode import (
     K_FORMATS,
     check_importance,
     check_values,
+    even_importance,
     refuse_infinite,
     refuse_too_large,
 )
 
-__all__ = ["ENCODERS", "available", "encode", "levels"]
+__all__ = ["ENCODERS", "WEIGHTED", "available", "encode", "encode_groups", "levels"]
 
-ENCODERS = (*K_FORMATS, "Q4_0", "Q8_0")
+WEIGHTED = (*K_FORMATS, "Q4_0")
+"""The formats whose encoders weigh errors by importance."""
+ENCODERS = (*WEIGHTED, "Q8_0")
 NOT_FINITE, TOO_LARGE = 1, 2
 
 
@@ -57,7 +61,7 @@ def encode(
 ) -> npt.NDArray[np.uint8]:
     """Encode rows [rows, N] as blocks of one of `ENCODERS`: uint8 [rows, N / values of a block * its bytes].
 
-    ``importance`` [N] is that of `encode_k`; Q4_0 and Q8_0 take none. The result is written into ``out`` where it is
+    ``importance`` [N] is that of `encode_k`; Q8_0 takes none. The result is written into ``out`` where it is
     given. Other Python threads run meanwhile. ``level`` forces one of `levels`.
 
     Raises:
@@ -68,30 +72,69 @@ def encode(
     if name not in ENCODERS:
         raise ConfigError(f"no encoder for {name!r}; there are {', '.join(ENCODERS)}")
     check_values(values, name)
-    if importance is not None and name not in K_FORMATS:
+    if importance is not None and name not in WEIGHTED:
         raise ConfigError(f"{name} rounds to nearest: importance would change nothing; leave it out")
-    check_importance(importance, values.shape[1])
+    _check(module, importance, values.shape[1], threads, level)
+    shape = (values.shape[0], FORMATS[name].size_bytes(values.shape[1:]))
+    out = np.empty(shape, np.uint8) if out is None else out
+    if out.dtype != np.uint8 or out.shape != shape or not (out.flags.c_contiguous and out.flags.writeable):
+        raise ConfigError(f"out must be contiguous, writable uint8 {list(shape)}, got {out.dtype} {list(out.shape)}")
+    if importance is not None and name == "Q4_0":
+        importance = even_importance(importance.reshape(-1, FORMATS[name].values)).reshape(-1)
+    fault = module.encode(name, _plain(values), _plain(importance), out, threads, level or "")
+    _refuse(fault, name, FORMATS[name].values)
+    return out
+
+
+def encode_groups(
+    values: npt.NDArray[np.float32],
+    bits: int,
+    group: int,
+    *,
+    importance: npt.NDArray[np.float32] | None = None,
+    threads: int,
+    level: str | None = None,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]:
+    """Encode rows [rows, N] as `mixtral.quant.groups.encode_integers` does, with codes packed as in ``bits.py``.
+
+    Returns uint8 [rows, N / 8 * bits] and float16 bits [rows, N / group]. Threads and ``level`` as in `encode`.
+
+    Raises:
+        ConfigError: the compiled module is missing, or unknown bits, groups, level or thread count.
+        CheckpointError: as in `encode_integers`.
+    """
+    module = _module()
+    check_rows(values, bits, group)
+    rows, width = values.shape
+    _check(module, importance, width, threads, level)
+    codes, scales = np.empty((rows, width // 8 * bits), np.uint8), np.empty((rows, width // group), np.uint16)
+    weights = None if importance is None else even_importance(importance.reshape(-1, group)).reshape(-1)
+    fault = module.encode_groups(_plain(values), bits, group, _plain(weights), codes, scales, threads, level or "")
+    _refuse(fault, f"int{bits}_g{group}", group)
+    return codes, scales
+
+
+def _check(
+    module: ModuleType, importance: npt.NDArray[np.float32] | None, width: int, threads: int, level: str | None
+) -> None:
+    check_importance(importance, width)
     if threads < 1:
         raise ConfigError(f"threads is {threads}; expected at least 1")
     if level is not None and level not in module.levels():
         raise ConfigError(f"this processor has no level {level!r}; it has {', '.join(module.levels())}")
-    shape = (values.shape[0], FORMATS[name].size_bytes(values.shape[1:]))
-    out = np.empty(shape, np.uint8) if out is None else out
-    _check_out(out, shape)
-    weights = None if importance is None else np.require(importance, requirements=["C", "A"])
-    problem, row, column = module.encode(
-        name, np.require(values, requirements=["C", "A"]), weights, out, threads, level or ""
-    )
+
+
+def _plain(numbers: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32] | None:
+    """The same numbers as native code takes them: one after the other, aligned."""
+    return None if numbers is None else np.require(numbers, requirements=["C", "A"])
+
+
+def _refuse(fault: tuple[int, int, int], name: str, count: int) -> None:
+    problem, row, column = fault
     if problem == NOT_FINITE:
         refuse_infinite(name, row, column)
     if problem == TOO_LARGE:
-        refuse_too_large(name, row, column, FORMATS[name].values)
-    return out
-
-
-def _check_out(out: npt.NDArray[np.uint8], shape: tuple[int, int]) -> None:
-    if out.dtype != np.uint8 or out.shape != shape or not (out.flags.c_contiguous and out.flags.writeable):
-        raise ConfigError(f"out must be contiguous, writable uint8 {list(shape)}, got {out.dtype} {list(out.shape)}")
+        refuse_too_large(name, row, column, count)
 
 
 def _module() -> ModuleType:

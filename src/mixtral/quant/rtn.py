@@ -1,8 +1,7 @@
 """Matrices to integers in groups: each number is rounded to the nearest step of a scale that is searched for its group.
 
-Int3 and int4 try several scales for every group and keep the one with the least error, in which an error counts as the
-square of its value: on the embedded model this gave a lower divergence than the size of the value, or no weights. Int8
-needs no search: its scales are those of GGML's Q8_0.
+Int3 and int4 try several scales for every group (`mixtral.quant.groups`), in compiled code. Int8 needs no search: its
+scales are those of GGML's Q8_0.
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.quant.bits import pack_bits
+from mixtral.quant import native
 from mixtral.quant.packed import Groups
 
 __all__ = ["INT_FORMS", "IntForm", "encode_groups", "int_form"]
 
 # Values that are encoded at a time: their float32 and the few copies beside them stay in the cache.
 CHUNK_VALUES = 1 << 18
-# Steps between zero and the extreme value of a group: the range and what lies around it.
-_AROUND = (-0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,51 +63,37 @@ def int_form(name: str) -> IntForm:
 
 
 def encode_groups(values: Tensor, form: IntForm) -> Groups:
-    """Floats [O, I] as symmetric integers with float16 scales, a bounded part at a time.
+    """Floats [O, I] as symmetric integers with float16 scales.
 
     Raises:
+        ConfigError: int3 or int4, and the compiled encoders are missing.
         CheckpointError: rows that are no whole groups, a value that is not finite, or a scale beyond float16.
     """
     group = form.columns(values.shape[1])
+    if form.bits == 8:
+        return _encode_int8(values, group)
+    rows = values.detach().to(torch.float32).contiguous().numpy()
+    try:
+        codes, scales = native.encode_groups(rows, form.bits, group, threads=torch.get_num_threads())
+    except CheckpointError as error:
+        raise CheckpointError(f"a value is not finite, or too large for a scale: {error}") from None
+    return Groups(form.bits, torch.from_numpy(codes), torch.from_numpy(scales.view(np.float16)))
+
+
+def _encode_int8(values: Tensor, group: int) -> Groups:
+    """A bounded part at a time."""
     rows, columns = values.shape
-    codes = torch.empty((rows, columns * form.bits // 8), dtype=torch.uint8)
+    codes = torch.empty((rows, columns), dtype=torch.uint8)
     scales = torch.empty((rows, columns // group), dtype=torch.float16)
     step = max(1, CHUNK_VALUES // columns)
     for low in range(0, rows, step):
         part = values[low : low + step].to(torch.float32).reshape(-1, group)
-        found = _scales(part, form.bits)
+        found = (part.abs().amax(-1) / 127).half()
         if not bool(found.isfinite().all()):
             raise CheckpointError(f"rows {low} to {low + step - 1}: a value is not finite, or too large for a scale")
         scales[low : low + step] = found.view(-1, columns // group)
-        numbers = _round(part, found.float(), form.bits) + (1 << (form.bits - 1))
-        codes[low : low + step] = pack_bits(numbers.to(torch.uint8).view(-1, columns), form.bits)
-    return Groups(form.bits, codes, scales)
-
-
-def _scales(groups: Tensor, bits: int) -> Tensor:
-    """The float16 scale [N] of every group, float32 [N, C]."""
-    half = 1 << (bits - 1)
-    if bits == 8:
-        return (groups.abs().amax(-1) / (half - 1)).half()
-    extreme = groups.gather(1, groups.abs().argmax(-1, keepdim=True))[:, 0]
-    weights = groups.square()
-    weighted = weights * groups
-    best, least = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
-    for around in _AROUND:
-        # The extreme value falls on the end of the range that reaches one step further, whatever its sign.
-        numbers = _round(groups, extreme / -(half - 1 + around), bits)
-        square = (weights * numbers).mul_(numbers).sum(-1)
-        product = (weighted * numbers).sum(-1)
-        # For given integers this is the scale of least error, and the error it saves over zeros.
-        scale = torch.where(square > 0, product / square, 0.0)
-        gain = product * scale
-        better = gain > least
-        best, least = torch.where(better, scale, best), torch.where(better, gain, least)
-    # NaN compares as worse, so a group with one keeps its start; it must not pass for zeros.
-    return torch.where(extreme.isfinite(), best, extreme).half()
-
-
-def _round(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
-    half = 1 << (bits - 1)
-    inverse = torch.where(scales != 0, 1.0 / scales, 0.0)
-    return (groups * inverse[:, None]).round_().clamp_(-half, half - 1)
+        stored = found.float()
+        inverse = torch.where(stored != 0, 1.0 / stored, 0.0)
+        numbers = (part * inverse[:, None]).round_().clamp_(-128, 127) + 128
+        codes[low : low + step] = numbers.to(torch.uint8).view(-1, columns)
+    return Groups(8, codes, scales)

@@ -1,8 +1,8 @@
-"""Scales of sub-blocks by weighted least squares: the search behind the K-quant encoders, in float32 of a fixed order.
+"""Scales by weighted least squares: the search behind the encoders of K-quants and groups, in float32 of a fixed order.
 
-Arrays are [values, lanes]: a lane is one sub-block, ``values`` (16 or 32) its numbers. Lanes never mix, except where
-the scales of one super-block (``subs`` neighbouring lanes) are stored against their common one. All values are divided
-by a power of two beforehand, so that the largest of a super-block lies in [0.5, 1).
+Arrays are [values, lanes]: a lane is one sub-block or group, ``values`` (16 to 128) its numbers. Lanes do not mix, but
+where the scales of one super-block (``subs`` neighbouring lanes) are stored against their common one. All values are
+divided by a power of two beforehand, so that the largest of a super-block, or of a group, lies in [0.5, 1).
 
 Every sum runs over its terms one after the other, and no expression may be fused or reordered: native code repeats
 these operations and must arrive at the same bits. The search:
@@ -21,7 +21,19 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Affine", "Floats", "Halves", "Stored", "Symmetric", "store_affine", "store_symmetric", "total"]
+__all__ = [
+    "Affine",
+    "Floats",
+    "Halves",
+    "Mask",
+    "Stored",
+    "StoredGroups",
+    "Symmetric",
+    "search_groups",
+    "store_affine",
+    "store_symmetric",
+    "total",
+]
 
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.uint16]
@@ -67,6 +79,14 @@ class Stored(NamedTuple):
     lows: Floats
     d: Halves
     dmin: Halves
+    fits: Mask
+
+
+class StoredGroups(NamedTuple):
+    """What groups store: q [values, lanes], bits of the float16 scales [lanes]; ``fits`` as in `Stored`."""
+
+    q: Floats
+    scales: Halves
     fits: Mask
 
 
@@ -322,3 +342,51 @@ def store_symmetric(x: Floats, w: Floats, form: Symmetric, unit: Floats) -> Stor
     scale = np.repeat(_widen(chosen.d) * unit, subs) * chosen.scales
     q = _quantise_symmetric(x, _divide(np.ones_like(scale), scale), form.half)
     return Stored(q, chosen.scales, chosen.lows, chosen.d, chosen.dmin, fits)
+
+
+# --- a float16 scale for each lane ------------------------------------------------------------------------------------
+
+
+def search_groups(x: Floats, w: Floats, half: int, unit: Floats) -> StoredGroups:
+    """Lanes as float16 scale * q, q in -half..half-1; ``unit`` [lanes] is what values were multiplied with.
+
+    A scale counts as it will be stored: near the smallest float16s its rounding decides which one is best. The plain
+    scale, at which the extreme value is -half, comes last, so that no lane is worse than it would be without a search.
+    """
+    high, size = x.max(axis=0), np.abs(x).max(axis=0)
+    extreme: Floats = np.where(high < size, -size, size)
+    inverse = _divide(np.ones_like(size), extreme)
+    best, scale = np.zeros_like(size), np.zeros_like(size)
+    for offset in OFFSETS:
+        # The extreme value may become the most negative integer, or the most positive one.
+        for steps in (-(half + offset), half - 1 + offset):
+            best, scale = _improve_group(x, w, half, unit, inverse * np.float32(steps), (best, scale))
+    best, scale = _improve_group(x, w, half, unit, _divide(np.ones_like(scale), scale), (best, scale))
+    plain = _nearest_half(extreme / np.float32(-half) / unit)
+    plain_scale: Floats = np.where((plain & 0x7FFF) < INFINITE_HALF, _widen(plain) * unit, ZERO)
+    better = _error(x, w, half, plain_scale) < _error(x, w, half, scale)
+    chosen: Floats = np.where(better, plain_scale, scale)
+    q = _quantise_symmetric(x, _divide(np.ones_like(chosen), chosen), half)
+    # Without a scale the values are too small for any, which is well, or too large for all.
+    return StoredGroups(q, _nearest_half(chosen / unit), (chosen != ZERO) | (size < unit))
+
+
+def _improve_group(
+    x: Floats, w: Floats, half: int, unit: Floats, inverse: Floats, known: tuple[Floats, Floats]
+) -> tuple[Floats, Floats]:
+    """Best gain and scale after trying the stored scale that is best for the integers of x * inverse."""
+    best, scale = known
+    q = _quantise_symmetric(x, inverse, half)
+    t = w * q
+    s_qx, s_qq = total(t * x), total(t * q)
+    stored = _widen(_nearest_half(_divide(s_qx, s_qq) / unit)) * unit
+    # What the scale saves of the error that zeros would leave: minus infinity for one beyond float16.
+    gain = stored * (TWO * s_qx - stored * s_qq)
+    better = gain > best
+    return np.where(better, gain, best), np.where(better, stored, scale)
+
+
+def _error(x: Floats, w: Floats, half: int, scale: Floats) -> Floats:
+    """The weighted error that a scale leaves, from the differences: exact even where it is very small."""
+    rest = x - scale * _quantise_symmetric(x, _divide(np.ones_like(scale), scale), half)
+    return total(w * rest * rest)

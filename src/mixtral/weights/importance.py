@@ -1,6 +1,7 @@
 """How much the columns of each matrix matter, from an "imatrix" file, and which matrices of a result it covers.
 
-The encoders of Q2_K to Q6_K weigh errors by it. Columns are the same in every layout, whatever order the rows have.
+The encoders of Q2_K to Q6_K and of Q4_0 weigh errors by it. Columns are the same in every layout, whatever order the
+rows have.
 """
 
 from __future__ import annotations
