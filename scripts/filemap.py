@@ -28,6 +28,7 @@ NOTES = {
     "SECURITY.md": "what the program guards against, and how to report a hole",
     "docs/embedded.md": "the embedded model: what it is, how it was trained, held-out scores",
     "docs/log.md": "what was tried and did not help",
+    "docs/kernels.md": "compiled kernels for packed weights: numbers, layout, threads",
     "docs/naming.md": "words, shape letters, parameter names",
     "docs/performance.md": "measured time and memory",
     "docs/serving.md": "the HTTP interface",

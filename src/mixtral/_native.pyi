@@ -22,3 +22,40 @@ def encode_groups(
     threads: int,
     level: str = "",
 ) -> tuple[int, int, int]: ...
+def kernel_levels() -> list[str]: ...
+def panel_bytes(kind: int, rows: int, columns: int, group: int) -> int: ...
+
+class Matrix:
+    def __init__(self, kind: int, rows: int, columns: int, group: int, data: npt.NDArray[np.uint8]) -> None: ...
+    def pack_blocks(self, blocks: npt.NDArray[np.uint8], threads: int) -> None: ...
+    def unpack_blocks(self, blocks: npt.NDArray[np.uint8], threads: int) -> None: ...
+    def pack_groups(
+        self,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint16],
+        zeros: npt.NDArray[np.uint8],
+        threads: int,
+    ) -> None: ...
+    def unpack_groups(
+        self,
+        codes: npt.NDArray[np.uint8],
+        scales: npt.NDArray[np.uint16],
+        zeros: npt.NDArray[np.uint8],
+        threads: int,
+    ) -> None: ...
+
+class ExpertSet:
+    def __init__(self, gate: list[Matrix], up: list[Matrix], down: list[Matrix]) -> None: ...
+
+def linear(
+    x: npt.NDArray[np.float32], weights: Matrix, out: npt.NDArray[np.float32], threads: int, level: str = ""
+) -> None: ...
+def experts(
+    x: npt.NDArray[np.float32],
+    picks: npt.NDArray[np.int32],
+    shares: npt.NDArray[np.float32],
+    weights: ExpertSet,
+    out: npt.NDArray[np.float32],
+    threads: int,
+    level: str = "",
+) -> None: ...

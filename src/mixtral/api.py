@@ -359,13 +359,15 @@ def load(
     name: str | None = None,
     unpickle: bool = False,
     decode: bool = False,
+    reference: bool = False,
 ) -> LLM:
     """Load a model: "embedded" (ships with this package), a folder of Hugging Face's or Mistral's files, or GGUF.
 
-    ``dtype`` None keeps that of the files. Quantised matrices stay so in memory and are decoded where they are used;
-    ``decode`` decodes all of them now, which takes the memory of ``dtype`` and computes faster. ``threads`` sets the
-    CPU threads of the whole process. ``name`` is what the server calls the model; default: the folder's name.
-    ``unpickle`` allows ``.pth`` files, which could carry code.
+    ``dtype`` None keeps that of the files. Quantised matrices stay so in memory; on the CPU compiled kernels multiply
+    with them, and round activations to int8 in blocks of 256. ``reference`` decodes them where they are used instead,
+    and ``decode`` all of them now, which takes the memory of ``dtype``. ``threads`` sets the CPU threads of the whole
+    process. ``name`` is what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth``
+    files, which could carry code.
 
     Raises:
         ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
@@ -382,7 +384,7 @@ def load(
         compact = load_compact(folder, device=target, dtype=kind)
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
-    found = load_model(folder, device=target, dtype=kind, unpickle=unpickle, decode=decode)
+    found = load_model(folder, device=target, dtype=kind, unpickle=unpickle, decode=decode, reference=reference)
     fitting = Tokenizer.version_for(found.config.vocab_size)
     tokenizer = Tokenizer.from_version(fitting) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):

@@ -14,6 +14,7 @@ from mixtral.cli.generate import (
     MaxTokensOption,
     MinPOption,
     ModelOption,
+    ReferenceOption,
     SeedOption,
     ThreadsOption,
     TopKOption,
@@ -45,6 +46,7 @@ def run(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
+    reference: ReferenceOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
@@ -53,7 +55,7 @@ def run(
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"seed": seed, "max_tokens": max_tokens}
     check_sampling(options)
-    llm = load(model, device=device, dtype=dtype, decode=decode, threads=threads)
+    llm = load(model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads)
     llm.tokenizer  # noqa: B018 - nobody can talk with a model without one; say so before the first question
     chat = Conversation(llm, system, options)
     if output.interactive():

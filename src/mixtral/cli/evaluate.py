@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mixtral.cli import answers, output
-from mixtral.cli.generate import DecodeOption, DeviceOption, DtypeOption, ModelOption, ThreadsOption
+from mixtral.cli.generate import DecodeOption, DeviceOption, DtypeOption, ModelOption, ReferenceOption, ThreadsOption
 from mixtral.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def run(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
+    reference: ReferenceOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Score a model on held-out documents. Greedy answers, checked; with intervals and trivial baselines."""
@@ -40,7 +41,7 @@ def run(
         raise ConfigError(f"unknown suite {unknown[0]!r}; expected one of {', '.join(SUITES)}", param="suite")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise ConfigError(f"--json is {str(json_path)!r}; expected a file in an existing folder", param="json")
-    llm = load(model, device=device, dtype=dtype, decode=decode, threads=threads)
+    llm = load(model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads)
 
     def on_batch(name: str, answered: int, total: int) -> None:
         output.note(f"{name}: {answered} of {total} answered")

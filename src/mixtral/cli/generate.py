@@ -21,6 +21,7 @@ __all__ = [
     "MaxTokensOption",
     "MinPOption",
     "ModelOption",
+    "ReferenceOption",
     "SeedOption",
     "ThreadsOption",
     "TopKOption",
@@ -34,7 +35,10 @@ ModelOption = Annotated[str, typer.Option(help='"embedded", or a folder with con
 DeviceOption = Annotated[str, typer.Option(help="Where to compute, as torch names it.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: that of the files.")]
 DecodeOption = Annotated[
-    bool, typer.Option("--decode", help="Decode quantised weights when loading: faster, takes the memory of --dtype.")
+    bool, typer.Option("--decode", help="Decode quantised weights when loading; takes the memory of --dtype.")
+]
+ReferenceOption = Annotated[
+    bool, typer.Option("--reference", help="Decode quantised weights where they are used, not the compiled kernels.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's own choice.")]
 MaxTokensOption = Annotated[
@@ -68,6 +72,7 @@ def run(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
+    reference: ReferenceOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a text or a list of token ids."""
@@ -88,7 +93,7 @@ def run(
     }
     check_sampling(options)
     options["stop"] = tuple(stop or ())
-    llm = load(model, device=device, dtype=dtype, decode=decode, threads=threads)
+    llm = load(model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads)
     if stream if stream is not None else sys.stdout.isatty() and not as_json:
         _stream(llm, given, options, as_json=as_json)
     else:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mixtral.cli import output
-from mixtral.cli.generate import DecodeOption, DeviceOption, DtypeOption, ModelOption, ThreadsOption
+from mixtral.cli.generate import DecodeOption, DeviceOption, DtypeOption, ModelOption, ReferenceOption, ThreadsOption
 
 __all__ = ["run"]
 
@@ -29,6 +29,7 @@ def run(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
+    reference: ReferenceOption = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""
@@ -37,7 +38,9 @@ def run(
     config = ServerConfig(host=host, port=port, allowed_hosts=tuple(allowed_host or ()), queue_size=queue_size)
     from mixtral.api import load
 
-    llm = load(model, device=device, dtype=dtype, decode=decode, threads=threads, name=served_model_name)
+    llm = load(
+        model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads, name=served_model_name
+    )
     llm.tokenizer  # noqa: B018 - a model without one cannot be served; say so before listening
     with _request_log():
         serve(llm, config, on_ready=lambda address: output.note(f"{llm.name} is ready: {address} (Ctrl-C stops)"))

@@ -1,12 +1,13 @@
-"""Layers over packed matrices, with the calls of the dense ones: weights stay packed, and are decoded in parts.
+"""Layers over packed matrices, with the calls of the dense ones.
 
-At most one matrix of one expert is decoded at a time, or ``PANEL_VALUES`` values of a larger one.
+On the CPU, matrices in panels go through the compiled kernels. All others are decoded in parts: at most one matrix of
+one expert at a time, or ``PANEL_VALUES`` values of a larger one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mixtral import ops
 from mixtral.ops.reference import swiglu
 from mixtral.quant.packed import Packed
+from mixtral.quant.panels import Panels, expert_set, run_experts
 
 __all__ = ["PackedEmbedding", "PackedExperts", "PackedLinear"]
 
@@ -50,9 +52,13 @@ class PackedExperts(nn.Module):
     def __init__(self, gate: Sequence[Packed], up: Sequence[Packed], down: Sequence[Packed]) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.ModuleList(gate), nn.ModuleList(up), nn.ModuleList(down)
+        self._in_panels = all(isinstance(one, Panels) for one in (*gate, *up, *down))
+        self._set: Any = None
 
     def forward(self, x_TD: Tensor, route: ops.Route) -> Tensor:
         """Weighted sum of the chosen experts: [T, D]. Products are summed in float32 in order of choice."""
+        if self._in_panels and x_TD.device.type == "cpu":
+            return run_experts(self._compiled(), x_TD, route.picks_TA, route.weights_TA)
         out_TAD = x_TD.new_zeros((*route.picks_TA.shape, x_TD.shape[-1]))
         for expert, (gate, up, down) in enumerate(self.matrices()):
             tokens, places = torch.nonzero(route.picks_TA == expert, as_tuple=True)
@@ -62,6 +68,19 @@ class PackedExperts(nn.Module):
                 out_TAD[tokens, places] = _product(hidden, down)
         return (out_TAD.float() * route.weights_TA[..., None]).sum(1).to(x_TD.dtype)
 
+    def _compiled(self) -> Any:
+        """All experts for one call of the compiled kernels."""
+        if self._set is None:
+            columns = zip(*self.matrices(), strict=True)
+            self._set = expert_set(*(cast("list[Panels]", list(matrices)) for matrices in columns))
+        return self._set
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedExperts:
+        """What ``to`` and its like call: the compiled view is of the old memory afterwards."""
+        self._set = None
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
     def matrices(self) -> Iterator[tuple[Packed, Packed, Packed]]:
         """Gate, up and down of every expert."""
         for three in zip(self.gate, self.up, self.down, strict=True):
@@ -70,6 +89,8 @@ class PackedExperts(nn.Module):
 
 def _product(x_TD: Tensor, packed: Packed) -> Tensor:
     """``x @ weight.T`` [T, O] with a panel of rows of the weight decoded at a time."""
+    if isinstance(packed, Panels) and x_TD.device.type == "cpu":
+        return packed.multiply(x_TD)
     rows, width = packed.shape
     step = max(1, PANEL_VALUES // width)
     if step >= rows:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixtral.errors import ConfigError
+from mixtral.quant.compiled import module
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.groups import check_rows
 from mixtral.quant.kencode import (
@@ -35,7 +36,7 @@ NOT_FINITE, TOO_LARGE = 1, 2
 def available() -> bool:
     """Whether the compiled module is there and can be imported."""
     try:
-        _module()
+        module()
     except ConfigError:
         return False
     return True
@@ -47,7 +48,7 @@ def levels() -> tuple[str, ...]:
     Raises:
         ConfigError: the compiled module is missing.
     """
-    return tuple(_module().levels())
+    return tuple(module().levels())
 
 
 def encode(
@@ -68,20 +69,20 @@ def encode(
         ConfigError: the compiled module is missing, or an unknown format, level, thread count or ``out``.
         CheckpointError: as in `encode_k`; ``out`` then holds nothing of use.
     """
-    module = _module()
+    native = module()
     if name not in ENCODERS:
         raise ConfigError(f"no encoder for {name!r}; there are {', '.join(ENCODERS)}")
     check_values(values, name)
     if importance is not None and name not in WEIGHTED:
         raise ConfigError(f"{name} rounds to nearest: importance would change nothing; leave it out")
-    _check(module, importance, values.shape[1], threads, level)
+    _check(native, importance, values.shape[1], threads, level)
     shape = (values.shape[0], FORMATS[name].size_bytes(values.shape[1:]))
     out = np.empty(shape, np.uint8) if out is None else out
     if out.dtype != np.uint8 or out.shape != shape or not (out.flags.c_contiguous and out.flags.writeable):
         raise ConfigError(f"out must be contiguous, writable uint8 {list(shape)}, got {out.dtype} {list(out.shape)}")
     if importance is not None and name == "Q4_0":
         importance = even_importance(importance.reshape(-1, FORMATS[name].values)).reshape(-1)
-    fault = module.encode(name, _plain(values), _plain(importance), out, threads, level or "")
+    fault = native.encode(name, _plain(values), _plain(importance), out, threads, level or "")
     _refuse(fault, name, FORMATS[name].values)
     return out
 
@@ -103,25 +104,25 @@ def encode_groups(
         ConfigError: the compiled module is missing, or unknown bits, groups, level or thread count.
         CheckpointError: as in `encode_integers`.
     """
-    module = _module()
+    native = module()
     check_rows(values, bits, group)
     rows, width = values.shape
-    _check(module, importance, width, threads, level)
+    _check(native, importance, width, threads, level)
     codes, scales = np.empty((rows, width // 8 * bits), np.uint8), np.empty((rows, width // group), np.uint16)
     weights = None if importance is None else even_importance(importance.reshape(-1, group)).reshape(-1)
-    fault = module.encode_groups(_plain(values), bits, group, _plain(weights), codes, scales, threads, level or "")
+    fault = native.encode_groups(_plain(values), bits, group, _plain(weights), codes, scales, threads, level or "")
     _refuse(fault, f"int{bits}_g{group}", group)
     return codes, scales
 
 
 def _check(
-    module: ModuleType, importance: npt.NDArray[np.float32] | None, width: int, threads: int, level: str | None
+    native: ModuleType, importance: npt.NDArray[np.float32] | None, width: int, threads: int, level: str | None
 ) -> None:
     check_importance(importance, width)
     if threads < 1:
         raise ConfigError(f"threads is {threads}; expected at least 1")
-    if level is not None and level not in module.levels():
-        raise ConfigError(f"this processor has no level {level!r}; it has {', '.join(module.levels())}")
+    if level is not None and level not in native.levels():
+        raise ConfigError(f"this processor has no level {level!r}; it has {', '.join(native.levels())}")
 
 
 def _plain(numbers: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32] | None:
@@ -135,14 +136,3 @@ def _refuse(fault: tuple[int, int, int], name: str, count: int) -> None:
         refuse_infinite(name, row, column)
     if problem == TOO_LARGE:
         refuse_too_large(name, row, column, count)
-
-
-def _module() -> ModuleType:
-    """The compiled module; ConfigError that says how to build it where it cannot be imported."""
-    try:
-        from mixtral import _native
-    except ImportError as error:
-        raise ConfigError(
-            f"the compiled part of mixtral is missing ({error}); with a C++20 compiler, `pip install .` builds it"
-        ) from None
-    return _native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from mixtral.files.read import DTYPES
 from mixtral.model.mixtral import Mixtral
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
 from mixtral.quant.packed import Packed
+from mixtral.quant.panels import to_panels
 from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, unchanged
 from mixtral.weights.names import EMBEDDING, Half, Piece, is_router
 from mixtral.weights.reader import MatrixReader
@@ -36,10 +38,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     unpickle: bool = False,
     decode: bool = False,
+    reference: bool = False,
 ) -> Mixtral:
-    """Load a checkpoint of any layout; routers are fp32. Quantised matrices stay as they are, and are decoded to
-    ``dtype`` where they are used, or all of them now if ``decode``. ``dtype`` None keeps the file's own, and is
-    bfloat16 where any matrix is quantised.
+    """Load a checkpoint of any layout; routers are fp32. Quantised matrices stay as they are: on the CPU compiled
+    kernels multiply with them; those without a kernel, or all if ``reference``, are decoded to ``dtype`` where they are
+    used. ``decode`` decodes all of them now. ``dtype`` None keeps the file's own, and is bfloat16 where any matrix is
+    quantised.
 
     Raises:
         ConfigError: the config is missing or wrong, or ``dtype`` is not float32, float16 or bfloat16.
@@ -52,7 +56,8 @@ def load_model(
         found = open_checkpoint(path, unpickle=unpickle)
         model = Mixtral(found.config, device="meta", dtype=dtype or _own_dtype(found))
         with MatrixReader() as reader, torch.no_grad():
-            _fill(model, found, reader, torch.device(device), decode=decode)
+            compiled = not reference and torch.device(device).type == "cpu"
+            _fill(model, found, reader, torch.device(device), decode=decode, compiled=compiled)
     return model
 
 
@@ -99,7 +104,9 @@ def _own_dtype(found: Checkpoint) -> torch.dtype:
     return DTYPES[next(iter(counts))]
 
 
-def _fill(model: Mixtral, found: Checkpoint, reader: MatrixReader, device: torch.device, *, decode: bool) -> None:
+def _fill(
+    model: Mixtral, found: Checkpoint, reader: MatrixReader, device: torch.device, *, decode: bool, compiled: bool
+) -> None:
     """Allocate and fill one layer's experts, or one other parameter, after the other, in the order of the files."""
     units: dict[str, list[Piece]] = {}
     for piece in found.plan:
@@ -112,7 +119,7 @@ def _fill(model: Mixtral, found: Checkpoint, reader: MatrixReader, device: torch
         if decode or not _stays_packed(units[unit], found):
             _fill_dense(model, units[unit], found, reader, device)
         else:
-            packed = [reader.packed(found.entries[piece.name], piece) for piece in units[unit]]
+            packed = list(_packed(units[unit], found, reader, compiled=compiled))
             model.set_submodule(unit, _module(units[unit], packed, model.dtype).to(device))
 
 
@@ -124,6 +131,15 @@ def _unit(piece: Piece) -> str:
 def _stays_packed(pieces: list[Piece], found: Checkpoint) -> bool:
     whole = len(pieces[0].shape) > 1 and not is_router(pieces[0].parameter)
     return whole and any(found.entries[piece.name].dtype not in DTYPES for piece in pieces)
+
+
+def _packed(pieces: list[Piece], found: Checkpoint, reader: MatrixReader, *, compiled: bool) -> Iterator[Packed]:
+    """The matrices of a unit, one after the other; in panels where there are kernels for them. Rows of the embedding
+    are looked up, which panels are not made for."""
+    for piece in pieces:
+        packed = reader.packed(found.entries[piece.name], piece)
+        panels = to_panels(packed) if compiled and piece.parameter != EMBEDDING else None
+        yield packed if panels is None else panels
 
 
 def _module(pieces: list[Piece], packed: list[Packed], dtype: torch.dtype) -> nn.Module:

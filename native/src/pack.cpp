@@ -1,0 +1,227 @@
+// Panels of 16 rows from GGML rows and from integers in groups, and back: bytes change their places, no value changes.
+#include <algorithm>
+#include <cstring>
+
+#include "mixtral/panels.h"
+#include "mixtral/pool.h"
+
+namespace mixtral {
+namespace {
+
+// Quants of one group of 32 columns and 16 rows, a byte each; a word holds those of four columns that follow each other.
+constexpr int kWords = kGroup / 4;
+using Group = uint32_t[kPanel][kWords];
+
+constexpr uint32_t kNibbles = 0x0F0F0F0F, kPairs = 0x03030303, kBits = 0x01010101;
+
+inline uint32_t word_at(const uint8_t* from) {
+  uint32_t word;
+  std::memcpy(&word, from, sizeof word);
+  return word;
+}
+
+inline void set_word(uint8_t* to, uint32_t word) { std::memcpy(to, &word, sizeof word); }
+
+// Words of the quant plane lie vector by vector, one word for each row.
+void put_quants(Kind kind, const Group& q, uint8_t* out) {
+  for (int n = 0; n < kPanel; ++n) {
+    uint32_t high[2] = {0, 0};
+    for (int j = 0; j < kWords; ++j) {
+      if (kind == Kind::g8) {
+        set_word(out + 64 * j + 4 * n, q[n][j]);
+        continue;
+      }
+      if (j % 2) set_word(out + 32 * (j - 1) + 4 * n, (q[n][j - 1] & kNibbles) | (q[n][j] & kNibbles) << 4);
+      if (kind == Kind::q5_k) high[0] |= (q[n][j] >> 4 & kBits) << j;
+      if (kind == Kind::q6_k) high[j / 4] |= (q[n][j] >> 4 & kPairs) << (2 * (j % 4));
+    }
+    if (kind == Kind::q5_k || kind == Kind::q6_k) set_word(out + 256 + 4 * n, high[0]);
+    if (kind == Kind::q6_k) set_word(out + 320 + 4 * n, high[1]);
+  }
+}
+
+void take_quants(Kind kind, const uint8_t* in, Group& q) {
+  for (int n = 0; n < kPanel; ++n) {
+    for (int j = 0; j < kWords; ++j) {
+      if (kind == Kind::g8) {
+        q[n][j] = word_at(in + 64 * j + 4 * n);
+        continue;
+      }
+      q[n][j] = word_at(in + 64 * (j / 2) + 4 * n) >> (4 * (j % 2)) & kNibbles;
+      if (kind == Kind::q5_k) q[n][j] |= (word_at(in + 256 + 4 * n) >> j & kBits) << 4;
+      if (kind == Kind::q6_k) q[n][j] |= (word_at(in + 256 + 64 * (j / 4) + 4 * n) >> (2 * (j % 4)) & kPairs) << 4;
+    }
+  }
+}
+
+// --- GGML super-blocks of 256 values ---------------------------------------------------------------------------------
+
+int64_t block_bytes(Kind kind) { return kind == Kind::q4_k ? 144 : kind == Kind::q5_k ? 176 : 210; }
+
+// The eight pairs of 6-bit numbers in the 12 bytes of Q4_K and Q5_K.
+void take_six_bit_pairs(const uint8_t* in, uint8_t* scales, uint8_t* lows) {
+  for (int i = 0; i < 4; ++i) {
+    scales[i] = in[i] & 63;
+    lows[i] = in[i + 4] & 63;
+    scales[i + 4] = static_cast<uint8_t>((in[i + 8] & 15) | in[i] >> 6 << 4);
+    lows[i + 4] = static_cast<uint8_t>(in[i + 8] >> 4 | in[i + 4] >> 6 << 4);
+  }
+}
+
+void put_six_bit_pairs(const uint8_t* scales, const uint8_t* lows, uint8_t* out) {
+  for (int i = 0; i < 4; ++i) {
+    out[i] = static_cast<uint8_t>(scales[i] | scales[i + 4] >> 4 << 6);
+    out[i + 4] = static_cast<uint8_t>(lows[i] | lows[i + 4] >> 4 << 6);
+    out[i + 8] = static_cast<uint8_t>((scales[i + 4] & 15) | (lows[i + 4] & 15) << 4);
+  }
+}
+
+// The quants of group `g` (32 columns) of a block, four to a word.
+void take_block_quants(Kind kind, const uint8_t* block, int g, uint32_t* q) {
+  for (int j = 0; j < kWords; ++j) {
+    if (kind == Kind::q6_k) {
+      const int part = g % 4;
+      const uint32_t low = word_at(block + g / 4 * 64 + part % 2 * 32 + 4 * j) >> (part / 2 * 4) & kNibbles;
+      q[j] = low | (word_at(block + 128 + g / 4 * 32 + 4 * j) >> (2 * part) & kPairs) << 4;
+      continue;
+    }
+    q[j] = word_at(block + (kind == Kind::q4_k ? 16 : 48) + g / 2 * 32 + 4 * j) >> (g % 2 * 4) & kNibbles;
+    if (kind == Kind::q5_k) q[j] |= (word_at(block + 16 + 4 * j) >> g & kBits) << 4;
+  }
+}
+
+inline void add_word(uint8_t* to, uint32_t bits) { set_word(to, word_at(to) | bits); }
+
+void put_block_quants(Kind kind, const uint32_t* q, int g, uint8_t* block) {
+  for (int j = 0; j < kWords; ++j) {
+    const uint32_t low = q[j] & kNibbles, high = q[j] >> 4 & kNibbles;
+    if (kind == Kind::q6_k) {
+      const int part = g % 4;
+      add_word(block + g / 4 * 64 + part % 2 * 32 + 4 * j, low << (part / 2 * 4));
+      add_word(block + 128 + g / 4 * 32 + 4 * j, high << (2 * part));
+      continue;
+    }
+    add_word(block + (kind == Kind::q4_k ? 16 : 48) + g / 2 * 32 + 4 * j, low << (g % 2 * 4));
+    if (kind == Kind::q5_k) add_word(block + 16 + 4 * j, high << g);
+  }
+}
+
+// Scales of one row's block to its lane of a run of scales, and back.
+void put_block_scales(Kind kind, const uint8_t* block, uint8_t* run, int lane) {
+  if (kind == Kind::q6_k) {
+    for (int s = 0; s < 16; ++s) run[s * kPanel + lane] = block[192 + s];
+    std::memcpy(run + 256 + 2 * lane, block + 208, 2);
+    return;
+  }
+  uint8_t scales[8], lows[8];
+  take_six_bit_pairs(block + 4, scales, lows);
+  for (int s = 0; s < 8; ++s) {
+    run[s * kPanel + lane] = scales[s];
+    run[128 + s / 2 * 32 + lane * 2 + s % 2] = lows[s];
+  }
+  std::memcpy(run + 256 + 2 * lane, block, 2);
+  std::memcpy(run + 288 + 2 * lane, block + 2, 2);
+}
+
+void take_block_scales(Kind kind, const uint8_t* run, int lane, uint8_t* block) {
+  if (kind == Kind::q6_k) {
+    for (int s = 0; s < 16; ++s) block[192 + s] = run[s * kPanel + lane];
+    std::memcpy(block + 208, run + 256 + 2 * lane, 2);
+    return;
+  }
+  uint8_t scales[8], lows[8];
+  for (int s = 0; s < 8; ++s) {
+    scales[s] = run[s * kPanel + lane];
+    lows[s] = run[128 + s / 2 * 32 + lane * 2 + s % 2];
+  }
+  put_six_bit_pairs(scales, lows, block + 4);
+  std::memcpy(block, run + 256 + 2 * lane, 2);
+  std::memcpy(block + 2, run + 288 + 2 * lane, 2);
+}
+
+}  // namespace
+
+void pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int threads) {
+  const int64_t size = block_bytes(shape.kind), per_row = shape.columns / kBlock;
+  parallel(shape.count(), threads, [&](int64_t panel) {
+    uint8_t* quants = out + panel * shape.panel_bytes();
+    uint8_t* scales = quants + shape.quant_bytes();
+    const int64_t rows = std::min<int64_t>(kPanel, shape.rows - panel * kPanel);
+    for (int64_t b = 0; b < per_row; ++b) {
+      const uint8_t* first = blocks + (panel * kPanel * per_row + b) * size;
+      uint8_t* run = scales + b * shape.span_bytes();
+      std::memset(run, 0, static_cast<size_t>(shape.span_bytes()));
+      for (int n = 0; n < rows; ++n) put_block_scales(shape.kind, first + n * per_row * size, run, n);
+      for (int g = 0; g < kBlock / kGroup; ++g) {
+        Group q = {};
+        for (int n = 0; n < rows; ++n) take_block_quants(shape.kind, first + n * per_row * size, g, q[n]);
+        put_quants(shape.kind, q, quants + (b * (kBlock / kGroup) + g) * shape.group_bytes());
+      }
+    }
+  });
+}
+
+void unpack_blocks(const Panels& panels, uint8_t* blocks, int threads) {
+  const int64_t size = block_bytes(panels.kind), per_row = panels.columns / kBlock;
+  parallel(panels.count(), threads, [&](int64_t panel) {
+    const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
+    for (int64_t b = 0; b < per_row; ++b) {
+      uint8_t* first = blocks + (panel * kPanel * per_row + b) * size;
+      for (int n = 0; n < rows; ++n) {
+        std::memset(first + n * per_row * size, 0, static_cast<size_t>(size));
+        take_block_scales(panels.kind, panels.scales(panel) + b * panels.span_bytes(), n, first + n * per_row * size);
+      }
+      for (int g = 0; g < kBlock / kGroup; ++g) {
+        Group q;
+        take_quants(panels.kind, panels.quants(panel) + (b * (kBlock / kGroup) + g) * panels.group_bytes(), q);
+        for (int n = 0; n < rows; ++n) put_block_quants(panels.kind, q[n], g, first + n * per_row * size);
+      }
+    }
+  });
+}
+
+void pack_groups(const Panels& shape, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, uint8_t* out,
+                 int threads) {
+  const int64_t groups = shape.columns / shape.group;
+  parallel(shape.count(), threads, [&](int64_t panel) {
+    uint8_t* quants = out + panel * shape.panel_bytes();
+    uint8_t* runs = quants + shape.quant_bytes();
+    const int64_t rows = std::min<int64_t>(kPanel, shape.rows - panel * kPanel);
+    std::memset(runs, 0, static_cast<size_t>(groups * shape.span_bytes()));
+    for (int64_t k = 0; k < shape.columns; k += kGroup) {
+      Group q = {};
+      for (int n = 0; n < rows; ++n) std::memcpy(q[n], codes + (panel * kPanel + n) * shape.columns + k, kGroup);
+      put_quants(shape.kind, q, quants + k / kGroup * shape.group_bytes());
+    }
+    for (int n = 0; n < rows; ++n) {
+      for (int64_t g = 0; g < groups; ++g) {
+        uint8_t* run = runs + g * shape.span_bytes();
+        const int64_t at = (panel * kPanel + n) * groups + g;
+        std::memcpy(run + 2 * n, scales + at, 2);
+        run[32 + n] = zeros[at];
+      }
+    }
+  });
+}
+
+void unpack_groups(const Panels& panels, uint8_t* codes, uint16_t* scales, uint8_t* zeros, int threads) {
+  const int64_t groups = panels.columns / panels.group;
+  parallel(panels.count(), threads, [&](int64_t panel) {
+    const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
+    for (int64_t k = 0; k < panels.columns; k += kGroup) {
+      Group q;
+      take_quants(panels.kind, panels.quants(panel) + k / kGroup * panels.group_bytes(), q);
+      for (int n = 0; n < rows; ++n) std::memcpy(codes + (panel * kPanel + n) * panels.columns + k, q[n], kGroup);
+    }
+    for (int n = 0; n < rows; ++n) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const uint8_t* run = panels.scales(panel) + g * panels.span_bytes();
+        const int64_t at = (panel * kPanel + n) * groups + g;
+        std::memcpy(scales + at, run + 2 * n, 2);
+        zeros[at] = run[32 + n];
+      }
+    }
+  });
+}
+
+}  // namespace mixtral

@@ -1,0 +1,240 @@
+"""The compiled kernels: packing is a permutation, and products of rounded activations depend on nothing else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mixtral import ops
+from mixtral.quant.compiled import module
+from mixtral.quant.encode import encode_rows
+from mixtral.quant.modules import PackedExperts, PackedLinear
+from mixtral.quant.packed import Blocks, Groups, Packed
+from mixtral.quant.panels import Panels, kernel_levels, to_panels
+from mixtral.quant.rtn import IntForm, encode_groups
+
+FORMATS = ["Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q8_0", "INT4_G64", "INT4_G128_ZEROS", "INT3_G32", "INT8_G512", "INT8_G32"]
+COUNTS = [*range(1, 10), 15, 16, 17, 31, 33, 64, 129]
+
+
+def values(rows: int, columns: int, seed: int = 0, scale: float = 0.05) -> torch.Tensor:
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def packed(name: str, rows: int = 50, columns: int = 512, seed: int = 0) -> Packed:
+    """A random matrix in a format."""
+    given = values(rows, columns, seed)
+    if name.startswith("Q"):
+        return Blocks(name, encode_rows(given, name))
+    bits, group = int(name[3]), int(name.split("_")[1][1:])
+    if not name.endswith("ZEROS"):
+        return encode_groups(given, IntForm(bits, group))
+    rng = np.random.default_rng(seed)
+    codes = torch.from_numpy(rng.integers(0, 256, (rows, columns * bits // 8), dtype=np.uint8))
+    scales = torch.from_numpy(rng.uniform(0.001, 0.02, (rows, columns // group))).half()
+    return Groups(bits, codes, scales, zeros=torch.from_numpy(rng.integers(0, 1 << bits, scales.shape, dtype=np.uint8)))
+
+
+def panels(source: Packed) -> Panels:
+    found = to_panels(source)
+    assert found is not None
+    return found
+
+
+def rounded(x: torch.Tensor) -> NDArray[np.float64]:
+    """A8 in float64, but for the scale and its reciprocal, which the kernels make in float32."""
+    found = np.zeros(x.shape)
+    for row in range(len(x)):
+        for start in range(0, x.shape[1], 256):
+            block = x[row, start : start + 256].numpy()
+            largest = np.abs(block).max()
+            if largest < np.float32(1e-30):
+                continue
+            inverse = np.float32(127) / largest
+            q = np.rint((block * inverse).astype(np.float32))
+            found[row, start : start + 256] = q.astype(np.float64) * float(largest / np.float32(127))
+    return found
+
+
+def multiply(matrix: Panels, x: torch.Tensor, level: str, threads: int = 2) -> torch.Tensor:
+    out = torch.full((len(x), matrix.shape[0]), float("nan"))
+    module().linear(x.numpy(), matrix.matrix, out.numpy(), threads, level)
+    return out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 16, 50])
+def test_packing_is_a_permutation(name: str, rows: int) -> None:
+    source = packed(name, rows)
+    found = panels(source)
+    assert (found.label, found.shape) == (source.label, source.shape)
+    assert torch.equal(found.decode(torch.float32), source.decode(torch.float32))
+    if isinstance(source, Blocks) and name.endswith("K"):
+        back = found.unpacked()
+        assert isinstance(back, Blocks)
+        assert torch.equal(back.data, source.data)
+    part = torch.empty((min(rows, 9), 512))
+    start = rows - len(part)
+    found.decode_rows(start, part)
+    assert torch.equal(part, source.decode(torch.float32)[start:])
+    some = torch.tensor([rows - 1, 0])
+    assert torch.equal(found.pick_rows(some, torch.float32), source.pick_rows(some, torch.float32))
+
+
+@pytest.mark.parametrize("level", kernel_levels())
+@pytest.mark.parametrize("name", FORMATS)
+def test_products(name: str, level: str) -> None:
+    """Within rounding of float32 sums of the exact product of rounded activations, for every count of rows."""
+    source = packed(name)
+    matrix = panels(source)
+    weights = source.decode(torch.float64).numpy()
+    x = values(129, 512, seed=1, scale=1.0)
+    x[3, 7] = 300.0  # an outlier spoils its own block of its own row only
+    x[5] = 0.0
+    x[6] *= 1e-20
+    exact = rounded(x) @ weights.T
+    size = np.abs(rounded(x)) @ np.abs(weights).T + 1e-30
+    for count in COUNTS:
+        found = multiply(matrix, x[:count], level).numpy()
+        assert (np.abs(found - exact[:count]) / size[:count]).max() < 1e-6, count
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_depends_on_nothing_but_itself(name: str) -> None:
+    """The same bits alone and among others, on every instruction set and number of threads."""
+    matrix = panels(packed(name))
+    x = values(129, 512, seed=2, scale=1.0)
+    expected = multiply(matrix, x, kernel_levels()[-1])
+    for level in kernel_levels():
+        assert torch.equal(multiply(matrix, x, level, threads=3), expected)
+    for start, stop in ((0, 1), (5, 8), (17, 32), (64, 129)):
+        assert torch.equal(multiply(matrix, x[start:stop], "", threads=1), expected[start:stop])
+
+
+def test_close_to_the_product_with_the_weights_as_they_are() -> None:
+    """Rounding activations costs less than a hundredth, also where one channel is a hundred times larger."""
+    for name in FORMATS:
+        source = packed(name, 64)
+        x = values(32, 512, seed=3, scale=1.0)
+        for scale in (1.0, 100.0):
+            x[:, 11] *= scale
+            exact = x.double() @ source.decode(torch.float64).T
+            found = panels(source).multiply(x).double()
+            limit = 0.01 if scale == 1 else 0.3  # of the other channels, whose block the large one shares
+            rest = exact - x[:, 11:12].double() * source.decode(torch.float64)[:, 11]
+            assert ((found - exact).norm() / (rest if scale > 1 else exact).norm()).item() < limit
+
+
+@pytest.mark.parametrize("level", kernel_levels())
+def test_numbers_that_are_not_finite_stay_in_their_row(level: str) -> None:
+    matrix = panels(packed("Q4_K"))
+    x = values(9, 512, seed=4, scale=1.0)
+    expected = multiply(matrix, x, level)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        spoilt = x.clone()
+        spoilt[4, 300] = bad
+        found = multiply(matrix, spoilt, level)
+        assert bool(found[4].isnan().all())
+        rest = [i for i in range(9) if i != 4]
+        assert torch.equal(found[rest], expected[rest])
+
+
+def experts(name: str, count: int = 4, width: int = 256, hidden: int = 512) -> list[list[Packed]]:
+    shapes = ((hidden, width), (hidden, width), (width, hidden))
+    return [[packed(name, *shape, seed=10 * part + e) for e in range(count)] for part, shape in enumerate(shapes)]
+
+
+def route(picks: torch.Tensor) -> ops.Route:
+    weights = torch.rand(picks.shape, generator=torch.Generator().manual_seed(9))
+    return ops.Route(torch.zeros(len(picks), 4), picks, weights / weights.sum(-1, keepdim=True))
+
+
+PICKS = {
+    "mixed": torch.tensor([[0, 1], [3, 2], [1, 0], [0, 3], [2, 1], [3, 1], [1, 2]] * 11),
+    "one expert for all": torch.tensor([[2, 0]] * 70),
+    "one token": torch.tensor([[3, 1]]),
+    "one choice": torch.tensor([[3], [0], [3]]),
+}
+
+
+@pytest.mark.parametrize("case", PICKS)
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "INT4_G128_ZEROS"])
+def test_experts(name: str, case: str) -> None:
+    """Close to the decoded experts; the same bits for a token alone, on every level; every number is written."""
+    source = experts(name)
+    dense = PackedExperts(*source)
+    compiled = PackedExperts(*([panels(one) for one in part] for part in source))
+    picks = PICKS[case]
+    x = values(len(picks), 256, seed=5, scale=1.0)
+    chosen = route(picks)
+    found = compiled(x, chosen)
+    expected = dense(x, chosen)
+    assert ((found - expected).norm() / expected.norm()).item() < 0.03  # three roundings of 0.01
+    for t in (0, len(picks) - 1):
+        alone = ops.Route(*(part[t : t + 1] for part in chosen))
+        assert torch.equal(compiled(x[t : t + 1], alone)[0], found[t])
+    for level in kernel_levels():
+        out = torch.full_like(x, float("nan"))
+        arguments = (x.numpy(), chosen.picks_TA.int().numpy(), chosen.weights_TA.numpy())
+        module().experts(*arguments, compiled._compiled(), out.numpy(), 3, level)
+        assert torch.equal(out, found), level
+
+
+def test_swiglu_is_accurate() -> None:
+    """Against float64, over the range in which float32 activations lie."""
+    width = 256
+    identity = torch.eye(width)
+    up = Blocks("Q8_0", encode_rows(identity, "Q8_0"))
+    layer = PackedExperts(*([panels(up)] for _ in range(3)))
+    x = torch.linspace(-40, 40, 64).repeat(1, 4) * torch.ones(1, 1)
+    chosen = ops.Route(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    inside = rounded(x)
+    one = encode_rows(identity, "Q8_0")
+    scale = float(Blocks("Q8_0", one).decode(torch.float64).max())
+    hidden = inside * scale
+    exact = rounded(torch.from_numpy(hidden / (1 + np.exp(-hidden)) * hidden).float()) * scale
+    assert np.abs(layer(x, chosen).numpy() - exact).max() <= np.abs(exact).max() / 127 * 1.01
+
+
+def test_what_has_no_kernel_stays_as_it_is() -> None:
+    rng = np.random.default_rng(0)
+    codes = torch.from_numpy(rng.integers(0, 256, (16, 64), dtype=np.uint8))
+    scales = torch.rand(16, 4)
+    mixed = torch.from_numpy(rng.permutation(128).astype(np.int32) // 32)
+    assert to_panels(Groups(4, codes, scales)) is None
+    assert to_panels(Groups(4, codes, scales.half(), order=mixed)) is None
+    assert to_panels(Groups(4, codes, torch.rand(16, 8).half())) is None  # groups of 16
+    assert to_panels(Blocks("Q3_K", encode_rows(values(16, 256), "Q3_K"))) is None
+
+
+def test_wrong_calls_are_refused() -> None:
+    native = module()
+    matrix = panels(packed("Q4_K"))
+    good = np.zeros((2, 512), np.float32)
+    for x, out in ((good[:, :256].copy(), np.zeros((2, 50), np.float32)), (good, np.zeros((2, 49), np.float32))):
+        with pytest.raises(ValueError, match="must be"):
+            native.linear(x, matrix.matrix, out, 1)
+    with pytest.raises(ValueError, match="does not run the kernels 'mmx'"):
+        native.linear(good, matrix.matrix, np.zeros((2, 50), np.float32), 1, "mmx")
+    with pytest.raises(TypeError):
+        native.linear(good.astype(np.float64), matrix.matrix, np.zeros((2, 50), np.float32), 1)
+    with pytest.raises(ValueError, match="multiple of 256"):
+        native.panel_bytes(0, 16, 320, 0)
+    with pytest.raises(ValueError, match="kind must be"):
+        native.panel_bytes(9, 16, 256, 0)
+    with pytest.raises(ValueError, match="whole groups"):
+        native.panel_bytes(3, 16, 96, 64)
+    with pytest.raises(ValueError, match="data must have"):
+        native.Matrix(0, 16, 256, 0, np.zeros(9, np.uint8))
+    layer = PackedExperts(*([panels(one) for one in part] for part in experts("Q4_K")))
+    out = np.zeros((1, 256), np.float32)
+    arguments = (np.zeros((1, 256), np.float32), np.array([[0, 4]], np.int32), np.ones((1, 2), np.float32))
+    with pytest.raises(ValueError, match="an expert that is not there"):
+        native.experts(*arguments, layer._compiled(), out, 1)
+
+
+def test_no_rows() -> None:
+    layer = PackedLinear(panels(packed("Q4_K")))
+    assert layer(torch.empty((0, 512), dtype=torch.bfloat16)).shape == (0, 50)
