@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from mixtral import ops
+from mixtral.quant import compiled
 from mixtral.quant.compiled import module
 from mixtral.quant.encode import encode_rows
 from mixtral.quant.modules import PackedExperts, PackedLinear
@@ -238,3 +239,22 @@ def test_wrong_calls_are_refused() -> None:
 def test_no_rows() -> None:
     layer = PackedLinear(panels(packed("Q4_K")))
     assert layer(torch.empty((0, 512), dtype=torch.bfloat16)).shape == (0, 50)
+
+
+def test_torch_gets_its_threads_back() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, fail: bool) -> tuple[int, int]:
+            if fail:
+                raise ValueError("no")
+            return torch.get_num_threads(), compiled.threads()
+
+    layer, before = Layer(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        compiled.take_threads(layer)
+        assert layer(fail=False) == (1, 3)
+        with pytest.raises(ValueError, match="no"):
+            layer(fail=True)
+        assert (torch.get_num_threads(), compiled.threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)

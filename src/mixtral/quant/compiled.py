@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+from torch import nn
+
 from mixtral.errors import ConfigError
 
-__all__ = ["module"]
+__all__ = ["module", "take_threads", "threads"]
 
 
 def module() -> ModuleType:
@@ -22,3 +25,30 @@ def module() -> ModuleType:
             f"the compiled part of mixtral is missing ({error}); with a C++20 compiler, `pip install .` builds it"
         ) from None
     return _native
+
+
+# As many threads as torch had, while torch itself has one.
+_lent: list[int] = []
+
+
+def threads() -> int:
+    """Threads for the kernels: torch's own number, also while ``take_threads`` has left torch with one."""
+    return _lent[-1] if _lent else torch.get_num_threads()
+
+
+def take_threads(module: nn.Module) -> None:
+    """While ``module`` computes, torch has one thread and the kernels have the others.
+
+    Torch's threads spin for milliseconds after each of its parallel operations, and then two pools share the cores:
+    with two threads, one token of four 8x7B layers took 76 ms instead of 57.
+    """
+
+    def before(*_: object) -> None:
+        _lent.append(torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    def after(*_: object) -> None:
+        torch.set_num_threads(_lent.pop())
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after, always_call=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixtral.errors import ConfigError
 from mixtral.quant.bits import pack_bits, unpack_bits
-from mixtral.quant.compiled import module
+from mixtral.quant.compiled import module, threads
 from mixtral.quant.packed import Blocks, Groups, Packed
 from mixtral.quant.recode import as_groups
 
@@ -69,22 +69,21 @@ class Panels(Packed):
         columns = self.shape[1]
         part = self.data[first * size : last * size].cpu().numpy()
         matrix = module().Matrix(self.kind, rows, columns, self.group, part)
-        threads = torch.get_num_threads()
         if self.kind < _G4:
             blocks = torch.empty((rows, columns // 256 * (144, 176, 210)[self.kind]), dtype=torch.uint8)
-            matrix.unpack_blocks(blocks.numpy(), threads)
+            matrix.unpack_blocks(blocks.numpy(), threads())
             return Blocks(self.label, blocks)
         codes = torch.empty((rows, columns), dtype=torch.uint8)
         scales = torch.empty((rows, columns // self.group), dtype=torch.float16)
         zeros = torch.empty(scales.shape, dtype=torch.uint8)
-        matrix.unpack_groups(codes.numpy(), scales.view(torch.uint16).numpy(), zeros.numpy(), threads)
+        matrix.unpack_groups(codes.numpy(), scales.view(torch.uint16).numpy(), zeros.numpy(), threads())
         return Groups(self.bits, pack_bits(codes, self.bits), scales, zeros=zeros)
 
     def multiply(self, x_TD: Tensor) -> Tensor:
         """``x @ weight.T`` [T, O] in the dtype of ``x``: activations are rounded to int8 in blocks of 256 columns."""
         x = x_TD.detach().float().contiguous()
         out = torch.empty((len(x), self.shape[0]))
-        module().linear(x.numpy(), self.matrix, out.numpy(), torch.get_num_threads())
+        module().linear(x.numpy(), self.matrix, out.numpy(), threads())
         return out.to(x_TD.dtype)
 
 
@@ -107,7 +106,7 @@ def to_panels(packed: Packed) -> Panels | None:
     if isinstance(packed, Blocks) and packed.label in _KINDS:
         kind = _KINDS[packed.label]
         panels = _empty(native, packed.label, kind, packed.shape, 0, 0)
-        panels.matrix.pack_blocks(packed.data.numpy(), torch.get_num_threads())
+        panels.matrix.pack_blocks(packed.data.numpy(), threads())
         return panels
     groups = packed if isinstance(packed, Groups) else as_groups(packed, 8 if packed.label == "Q8_0" else 4, 32)
     if groups is None or groups.order is not None:
@@ -125,7 +124,7 @@ def to_panels(packed: Packed) -> Panels | None:
         unpack_bits(groups.codes, groups.bits).contiguous().numpy(),
         scales.repeat_interleave(times, 1).view(torch.uint16).numpy(),
         zeros.repeat_interleave(times, 1).contiguous().numpy(),
-        torch.get_num_threads(),
+        threads(),
     )
     return panels
 
@@ -152,5 +151,5 @@ def run_experts(experts: Any, x_TD: Tensor, picks_TA: Tensor, weights_TA: Tensor
     x = x_TD.detach().float().contiguous()
     out = torch.empty_like(x)
     picks, shares = picks_TA.int().contiguous(), weights_TA.float().contiguous()
-    module().experts(x.numpy(), picks.numpy(), shares.numpy(), experts, out.numpy(), torch.get_num_threads())
+    module().experts(x.numpy(), picks.numpy(), shares.numpy(), experts, out.numpy(), threads())
     return out.to(x_TD.dtype)

@@ -12,9 +12,10 @@ from torch import nn
 from mixtral.errors import CheckpointError, ConfigError
 from mixtral.files.read import DTYPES
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.compiled import take_threads
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
 from mixtral.quant.packed import Packed
-from mixtral.quant.panels import to_panels
+from mixtral.quant.panels import Panels, to_panels
 from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, unchanged
 from mixtral.weights.names import EMBEDDING, Half, Piece, is_router
 from mixtral.weights.reader import MatrixReader
@@ -58,6 +59,8 @@ def load_model(
         with MatrixReader() as reader, torch.no_grad():
             compiled = not reference and torch.device(device).type == "cpu"
             _fill(model, found, reader, torch.device(device), decode=decode, compiled=compiled)
+            if any(isinstance(part, Panels) for part in model.modules()):
+                take_threads(model.model)
     return model
 
 
