@@ -55,8 +55,9 @@ test-slow: $(VENV)/.dev  ## only the tests marked slow
 test-all: $(VENV)/.dev  ## every test
 	$(BIN)/python -m pytest -n 2 -m "not peers" $(ARGS)
 
-test-peers: $(VENV)/.dev  ## tests against llama.cpp, which is compiled first (10 minutes)
+test-peers: $(VENV)/.dev  ## tests against llama.cpp, which is compiled first (10 minutes), and compressed-tensors
 	$(BIN)/pip install llama-cpp-python --no-binary llama-cpp-python
+	$(BIN)/pip install --no-deps compressed-tensors loguru
 	$(BIN)/python -m pytest -m peers $(ARGS)
 
 lint: $(VENV)/.dev  ## style, format, types, spelling
