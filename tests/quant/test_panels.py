@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +262,33 @@ def test_torch_gets_its_threads_back() -> None:
         assert (torch.get_num_threads(), compiled.threads()) == (3, 3)
     finally:
         torch.set_num_threads(before)
+
+
+FORKS = """
+import os, sys, torch
+from mixtral.quant.encode import encode_rows
+from mixtral.quant.packed import Blocks
+from mixtral.quant.panels import to_panels
+
+matrix = to_panels(Blocks("Q8_0", encode_rows(torch.randn(512, 512), "Q8_0")))
+x = torch.randn(64, 512)
+expected = matrix.multiply(x)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(matrix.multiply(x), expected) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_computes_too() -> None:
+    """It has none of the parent's threads, and must neither wait for them nor fail."""
+    assert subprocess.run([sys.executable, "-c", FORKS], timeout=60, check=False).returncode == 0
+
+
+def test_several_callers_at_once() -> None:
+    matrix = panels(packed("Q4_K"))
+    x = values(33, 512, seed=6, scale=1.0)
+    expected = matrix.multiply(x)
+    with ThreadPoolExecutor(6) as callers:
+        found = list(callers.map(lambda _: matrix.multiply(x), range(100)))
+    assert all(torch.equal(one, expected) for one in found)
