@@ -188,19 +188,22 @@ def test_experts(name: str, case: str) -> None:
 
 
 def test_swiglu_is_accurate() -> None:
-    """Against float64, over the range in which float32 activations lie."""
+    """Against float64, over the range in which activations lie: rounded to int8 again, nearly all are the same."""
     width = 256
     identity = torch.eye(width)
     up = Blocks("Q8_0", encode_rows(identity, "Q8_0"))
     layer = PackedExperts(*([panels(up)] for _ in range(3)))
-    x = torch.linspace(-40, 40, 64).repeat(1, 4) * torch.ones(1, 1)
+    x = torch.linspace(-40, 40, 256)[None]
     chosen = ops.Route(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
     inside = rounded(x)
     one = encode_rows(identity, "Q8_0")
     scale = float(Blocks("Q8_0", one).decode(torch.float64).max())
     hidden = inside * scale
     exact = rounded(torch.from_numpy(hidden / (1 + np.exp(-hidden)) * hidden).float()) * scale
-    assert np.abs(layer(x, chosen).numpy() - exact).max() <= np.abs(exact).max() / 127 * 1.01
+    step = np.abs(exact).max() / 127
+    off = np.abs(layer(x, chosen).numpy() - exact) / step
+    assert off.max() < 1.01
+    assert (off > 1e-3).mean() < 0.02  # those that lay halfway between two integers
 
 
 def test_what_has_no_kernel_stays_as_it_is() -> None:

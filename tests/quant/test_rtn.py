@@ -65,6 +65,12 @@ def test_search_is_no_worse_than_rounding_to_the_extreme(bits: int) -> None:
     assert bool((lost(found) <= lost(plain) * (1 + 1e-5)).all())
 
 
+def test_int8_in_groups_of_32_is_q8_0() -> None:
+    given = values(8, 512)
+    blocks = Blocks("Q8_0", encode_rows(given, "Q8_0"))
+    assert torch.equal(encode_groups(given, INT_FORMS["int8_g32"]).decode(torch.float32), blocks.decode(torch.float32))
+
+
 def test_exact_where_integers_suffice() -> None:
     """Numbers that are on a grid stay as they are."""
     grid = torch.randint(-8, 8, (4, 64), generator=torch.Generator().manual_seed(1)).float() / 64

@@ -14,8 +14,8 @@ from torch import Tensor
 from mixtral.errors import CheckpointError, ConfigError, MixtralError
 from mixtral.files.safetensors import SINGLE_NAME
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.int8 import decode, encode
 from mixtral.weights.compact import MANIFEST_NAME, is_compact, load_compact, save_compact
-from mixtral.weights.int8 import decode, encode
 from mixtral.weights.load import load_model
 from mixtral.weights.vocab import expand_rows, row_map, share_rows
 

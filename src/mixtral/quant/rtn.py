@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.quant import native
+from mixtral.quant import int8, native
 from mixtral.quant.packed import Groups
 
 __all__ = ["INT_FORMS", "IntForm", "encode_groups", "int_form"]
@@ -87,13 +87,7 @@ def _encode_int8(values: Tensor, group: int) -> Groups:
     scales = torch.empty((rows, columns // group), dtype=torch.float16)
     step = max(1, CHUNK_VALUES // columns)
     for low in range(0, rows, step):
-        part = values[low : low + step].to(torch.float32).reshape(-1, group)
-        found = (part.abs().amax(-1) / 127).half()
-        if not bool(found.isfinite().all()):
-            raise CheckpointError(f"rows {low} to {low + step - 1}: a value is not finite, or too large for a scale")
-        scales[low : low + step] = found.view(-1, columns // group)
-        stored = found.float()
-        inverse = torch.where(stored != 0, 1.0 / stored, 0.0)
-        numbers = (part * inverse[:, None]).round_().clamp_(-128, 127) + 128
-        codes[low : low + step] = numbers.to(torch.uint8).view(-1, columns)
+        numbers, scales[low : low + step] = int8.encode(values[low : low + step], group)
+        # Signed numbers with their highest bit turned over are the same numbers plus 128.
+        codes[low : low + step] = numbers.view(torch.uint8) ^ 128
     return Groups(8, codes, scales)

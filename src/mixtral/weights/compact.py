@@ -34,8 +34,8 @@ from mixtral.files.safetensors import (
     write_shard,
 )
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.int8 import GROUP, decode, encode
 from mixtral.weights.checkpoint import read_folder_config, unchanged
-from mixtral.weights.int8 import GROUP, decode, encode
 from mixtral.weights.load import checked_dtype, place
 from mixtral.weights.names import EMBEDDING, HEAD, is_router, parameter_shapes
 from mixtral.weights.save import checked_parameters, to_json, weight_files

@@ -1,4 +1,4 @@
-"""int8 in groups of 32 along the last dimension, one fp16 scale per group: the values of GGML's Q8_0."""
+"""int8 in groups along the last dimension, one fp16 scale per group; in groups of 32 the values of GGML's Q8_0."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ GROUP = 32
 _TOP = 127.0
 
 
-def encode(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``[..., N]`` floats -> int8 ``[..., N]`` and fp16 scales ``[..., N / 32]``.
+def encode(values: Tensor, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """``[..., N]`` floats -> int8 ``[..., N]`` and fp16 scales ``[..., N / group]``.
 
     The quotient uses the fp32 scale, the file the scale rounded to fp16, and halves are rounded away from zero, all as
     GGML does, so that an export to Q8_0 changes nothing.
 
     Raises:
-        CheckpointError: the last dimension is not a multiple of 32, a value is not finite, or a scale exceeds fp16.
+        CheckpointError: the last dimension is no multiple of the group, a value is not finite, or a scale exceeds fp16.
     """
-    if values.ndim == 0 or values.shape[-1] % GROUP:
+    if values.ndim == 0 or values.shape[-1] % group:
         raise CheckpointError(
-            f"int8 groups of {GROUP}: the last dimension of {list(values.shape)} is no multiple of it"
+            f"int8 groups of {group}: the last dimension of {list(values.shape)} is no multiple of it"
         )
-    groups = _grouped(values.detach().float())
+    groups = _grouped(values.detach().float(), group)
     scale = groups.abs().amax(-1) / _TOP
     stored = scale.to(torch.float16)
     if not bool(stored.isfinite().all()):
@@ -49,8 +49,8 @@ def decode(codes: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32)
     return groups.flatten(-2).to(dtype)
 
 
-def _grouped(values: Tensor) -> Tensor:
-    return values.reshape(*values.shape[:-1], -1, GROUP)
+def _grouped(values: Tensor, group: int = GROUP) -> Tensor:
+    return values.reshape(*values.shape[:-1], -1, group)
 
 
 def _round_half_away(values: Tensor) -> Tensor:

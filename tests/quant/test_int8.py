@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mixtral.errors import CheckpointError
-from mixtral.weights.int8 import GROUP, decode, encode
+from mixtral.quant.int8 import GROUP, decode, encode
 
 
 def samples() -> list[torch.Tensor]:
