@@ -28,16 +28,18 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "plan": (set(), set()),
     "wire": (set(), {"msgspec"}),
     "tokenizer": (set(), {"mistral_common", "sentencepiece"}),
-    "ops": (set(), {"torch", "numpy"}),
+    "ops": ({"_native"}, {"torch", "numpy"}),
     "model": ({"ops"}, {"torch"}),
     "quant": ({"model", "ops", "_native"}, {"torch", "numpy", "gguf"}),
+    "compiled": ({"model", "ops", "quant"}, {"torch"}),
     "files": ({"quant"}, {"torch", "numpy"}),
     "weights": ({"model", "ops", "quant", "files"}, {"torch", "numpy", "safetensors"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy"}),
     "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic"}),
     "train": ({"model", "ops", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
-    "api": ({"model", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
+    "results": ({"tokenizer", "wire"}, set()),
+    "api": ({"results", "compiled", "model", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
     "__init__": ({"api", "wire"}, set()),
     "__main__": ({"cli"}, set()),
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
@@ -45,7 +47,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
 FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
 OTHER_PART_LINES = {"tokenizer": 1000, "quant": 2800, "weights": 3400}  # ten layouts and their checks
 MAY_PRINT = ("cli/output.py",)
-MAY_READ_ENVIRONMENT = ("parallel/mesh.py", "parallel/ray.py")
+MAY_READ_ENVIRONMENT = ("ops/native.py", "parallel/mesh.py", "parallel/ray.py")
 MAY_NAME_CUDA = ("ops/cuda.py", "ops/triton.py", "engine/graphs.py", "parallel/mesh.py", "offload/store.py")
 MAY_START_THREADS = ("server/", "engine/loop.py", "offload/store.py", "train/checkpoint.py")
 NO_ASSERT = ("server/", "wire/", "files/", "weights/", "tokenizer/", "grammar/")

@@ -5,6 +5,7 @@
 #include "mixtral/gemm.h"
 
 #include <cmath>
+#include <initializer_list>
 
 #include "mixtral/half.h"
 

@@ -1,25 +1,32 @@
-// Whole layers out of the kernels of one instruction set: which thread computes which columns of which rows.
-#include <algorithm>
-#include <cstring>
-#include <memory>
-#include <vector>
+#include "mixtral/layers.h"
 
-#include "mixtral/gemm.h"
+#include "activations.h"
 #include "mixtral/pool.h"
 
 namespace mixtral {
 
-namespace baseline {
-extern const GemmTable gemm;
-}
-namespace avx2 {
-extern const GemmTable gemm;
-}
-namespace avx512vnni {
-extern const GemmTable gemm;
-}
+// The tables of an instruction set; those of bfloat16 differ only where bfloat16 is multiplied.
+#define TABLES(level, other)                                                                          \
+  namespace level {                                                                                   \
+  extern const DenseTable dense;                                                                      \
+  extern const AttentionTable attention;                                                              \
+  }                                                                                                   \
+  namespace other {                                                                                   \
+  extern const GemmTable gemm;                                                                        \
+  extern const RowTable rows;                                                                         \
+  }                                                                                                   \
+  namespace level {                                                                                   \
+  const Kernels kernels = {#level, other::gemm, level::dense, other::rows, level::attention};         \
+  }
 
-const GemmTable* find_gemm(std::string_view level) {
+TABLES(baseline, baseline)
+#ifdef MIXTRAL_X86
+TABLES(avx2, avx2)
+TABLES(avx512vnni, avx512vnni)
+TABLES(avx512bf16, avx512vnni)
+#endif
+
+const Kernels* find_kernels(std::string_view level) {
 #ifdef MIXTRAL_X86
   __builtin_cpu_init();
   const bool has_avx2 =
@@ -27,177 +34,229 @@ const GemmTable* find_gemm(std::string_view level) {
   const bool has_vnni = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-  if (level == "avx512vnni" || (level.empty() && has_vnni)) return has_vnni ? &avx512vnni::gemm : nullptr;
-  if (level == "avx2" || (level.empty() && has_avx2)) return has_avx2 ? &avx2::gemm : nullptr;
+  const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
+  if (level == "avx512bf16" || (level.empty() && has_bf16)) return has_bf16 ? &avx512bf16::kernels : nullptr;
+  if (level == "avx512vnni" || (level.empty() && has_vnni)) return has_vnni ? &avx512vnni::kernels : nullptr;
+  if (level == "avx2" || (level.empty() && has_avx2)) return has_avx2 ? &avx2::kernels : nullptr;
 #endif
-  return level == "baseline" || level.empty() ? &baseline::gemm : nullptr;
+  return level == "baseline" || level.empty() ? &baseline::kernels : nullptr;
 }
 
 namespace {
 
-constexpr int64_t kStrip = 4;  // panels of an item: 64 columns
+constexpr int64_t kWide = kStrip * kPanel;
 
-// Memory of rounded rows.
-class RoundedRows {
- public:
-  RoundedRows(int64_t rows, int64_t columns)
-      : q_(new int8_t[static_cast<size_t>(rows * columns)]),
-        scales_(new float[static_cast<size_t>(rows * ((columns + kBlock - 1) / kBlock))]),
-        low16_(new int32_t[static_cast<size_t>(rows * columns / 16)]),
-        sum32_(new int16_t[static_cast<size_t>(rows * columns / 32)]),
-        view_{columns, q_.get(), scales_.get(), low16_.get(), sum32_.get()} {}
-
-  const Rounded& view() const { return view_; }
-
-  void fill(const GemmTable& kernels, const float* x, int64_t rows, int threads) {
-    const int64_t blocks = view_.blocks();
-    const int64_t step = std::max<int64_t>(1, 64 / blocks);
-    parallel((rows + step - 1) / step, threads, [&](int64_t item) {
-      for (int64_t row = item * step; row < std::min(rows, (item + 1) * step); ++row) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int count = static_cast<int>(std::min<int64_t>(kBlock, view_.columns - b * kBlock));
-          kernels.round(x + row * view_.columns + b * kBlock, count, view_, row, b);
-        }
-      }
-    });
-  }
-
- private:
-  std::unique_ptr<int8_t[]> q_;
-  std::unique_ptr<float[]> scales_;
-  std::unique_ptr<int32_t[]> low16_;
-  std::unique_ptr<int16_t[]> sum32_;
-  Rounded view_;
-};
-
-// Scratch memory of one thread, which grows and stays.
-float* scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(static_cast<size_t>(floats));
-  return memory.data();
+std::vector<int32_t> numbers(int64_t count) {
+  std::vector<int32_t> all(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) all[static_cast<size_t>(i)] = static_cast<int32_t>(i);
+  return all;
 }
 
-// Columns [first, first + count) of a result [rows, width] from a strip of panels.
-void write_strip(const GemmTable& kernels, const Panels& w, int64_t first_panel, const Rounded& a, const int32_t* rows,
-                 int64_t count, float* out, int64_t width) {
-  const int64_t last = std::min(first_panel + kStrip, w.count());
-  for (int64_t p = first_panel; p < last; ++p) {
-    const int64_t columns = std::min<int64_t>(kPanel, w.rows - p * kPanel);
-    if (columns == kPanel) {
-      kernels.panel(w, p, a, rows, count, out + p * kPanel, width);
-      continue;
+// Calls work(row, values) with every row of the input, normed if it has a norm. Few rows stay on one thread: waking
+// another one takes longer.
+template <typename Work>
+void each_row(const Kernels& kernels, const Input& input, int threads, const Work& work) {
+  const int64_t step = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, input.columns));
+  const auto item = [&](int64_t number) {
+    for (int64_t row = number * step; row < std::min(input.rows, (number + 1) * step); ++row) {
+      const float* x = input.x + row * input.columns;
+      if (input.norm != nullptr) {
+        float* normed = scratch(0, input.columns);
+        kernels.rows.norm(x, input.norm, input.eps, input.columns, normed);
+        x = normed;
+      }
+      work(row, x);
     }
-    float* tile = scratch(count * kPanel);
-    kernels.panel(w, p, a, rows, count, tile, kPanel);
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(out + i * width + p * kPanel, tile + i * kPanel, static_cast<size_t>(columns) * sizeof(float));
+  };
+  parallel((input.rows + step - 1) / step, threads, item);
+}
+
+// out [rows, stride] (+)= the product with panels [first, first + kStrip) of one matrix, whose column 0 is out's `left`.
+void write_strip(const Kernels& kernels, const Weights& w, int64_t first, const Activations& a, const int32_t* rows,
+                 int64_t count, const float* residual, float* out, int64_t stride) {
+  const int64_t columns = std::min(kWide, w.rows() - first * kPanel), panels = (columns + kPanel - 1) / kPanel;
+  if (residual == nullptr && columns % kPanel == 0) {
+    for (int64_t p = 0; p < panels; ++p) a.multiply(kernels, w, first + p, rows, count, out + p * kPanel, stride);
+    return;
+  }
+  float* tile = scratch(0, count * kWide);
+  for (int64_t p = 0; p < panels; ++p) a.multiply(kernels, w, first + p, rows, count, tile + p * kPanel, kWide);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const float found = tile[i * kWide + c];
+      out[i * stride + c] = residual == nullptr ? found : residual[i * stride + c] + found;
     }
   }
 }
 
 }  // namespace
 
-void linear(const GemmTable& kernels, const float* x, int64_t rows, const Panels& weights, float* out, int threads) {
-  if (rows == 0) return;
-  RoundedRows rounded(rows, weights.columns);
-  rounded.fill(kernels, x, rows, threads);
-  std::vector<int32_t> numbers(static_cast<size_t>(rows));
-  for (int64_t i = 0; i < rows; ++i) numbers[static_cast<size_t>(i)] = static_cast<int32_t>(i);
-  parallel((weights.count() + kStrip - 1) / kStrip, threads, [&](int64_t item) {
-    write_strip(kernels, weights, item * kStrip, rounded.view(), numbers.data(), rows, out, weights.rows);
+void project(const Kernels& kernels, const Input& input, const Weights* const* matrices, int64_t count,
+             const float* residual, float* out, int threads) {
+  if (input.rows == 0) return;
+  Forms forms;
+  int64_t width = 0;
+  struct Strip {
+    const Weights* weights;
+    int64_t first, left;
+  };
+  std::vector<Strip> strips;
+  for (int64_t i = 0; i < count; ++i) {
+    forms.add(*matrices[i]);
+    for (int64_t row = 0; row < matrices[i]->rows(); row += kWide) strips.push_back({matrices[i], row / kPanel, width + row});
+    width += matrices[i]->rows();
+  }
+  const Activations activations(input.rows, input.columns, forms);
+  each_row(kernels, input, threads, [&](int64_t row, const float* x) { activations.fill_row(kernels, x, row); });
+  const std::vector<int32_t> all = numbers(input.rows);
+  parallel(static_cast<int64_t>(strips.size()), threads, [&](int64_t item) {
+    const Strip& strip = strips[static_cast<size_t>(item)];
+    write_strip(kernels, *strip.weights, strip.first, activations, all.data(), input.rows,
+                residual == nullptr ? nullptr : residual + strip.left, out + strip.left, width);
   });
 }
 
 namespace {
 
-// The assignments of tokens to experts, sorted by expert: where each expert's begin, and token and slot of each.
+// The assignments of rows to experts, sorted by expert: where each expert's begin, and the row of each.
 struct Sorted {
   std::vector<int64_t> starts;
-  std::vector<int32_t> tokens, places;  // place [tokens, choices]: number of the assignment
+  std::vector<int32_t> rows, places;  // place [rows, choices]: number of the assignment
+  std::vector<int64_t> used;          // experts that have any
 
-  Sorted(const int32_t* picks, int64_t tokens_, int64_t choices, int64_t experts)
+  Sorted(const Picks& picks, int64_t rows_, int64_t experts)
       : starts(static_cast<size_t>(experts + 1)),
-        tokens(static_cast<size_t>(tokens_ * choices)),
-        places(static_cast<size_t>(tokens_ * choices)) {
-    for (int64_t i = 0; i < tokens_ * choices; ++i) ++starts[static_cast<size_t>(picks[i] + 1)];
-    for (size_t e = 1; e < starts.size(); ++e) starts[e] += starts[e - 1];
+        rows(static_cast<size_t>(rows_ * picks.choices)),
+        places(static_cast<size_t>(rows_ * picks.choices)) {
+    const int64_t assigned = rows_ * picks.choices;
+    for (int64_t i = 0; i < assigned; ++i) ++starts[static_cast<size_t>(picks.experts[i] + 1)];
+    for (size_t e = 1; e < starts.size(); ++e) {
+      if (starts[e] > 0) used.push_back(static_cast<int64_t>(e) - 1);
+      starts[e] += starts[e - 1];
+    }
     std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-    for (int64_t i = 0; i < tokens_ * choices; ++i) {
-      const int64_t at = next[static_cast<size_t>(picks[i])]++;
-      tokens[static_cast<size_t>(at)] = static_cast<int32_t>(i / choices);
+    for (int64_t i = 0; i < assigned; ++i) {
+      const int64_t at = next[static_cast<size_t>(picks.experts[i])]++;
+      rows[static_cast<size_t>(at)] = static_cast<int32_t>(i / picks.choices);
       places[static_cast<size_t>(i)] = static_cast<int32_t>(at);
     }
   }
+
+  int64_t start(int64_t expert) const { return starts[static_cast<size_t>(expert)]; }
+  int64_t count(int64_t expert) const { return start(expert + 1) - start(expert); }
 };
 
 // Columns [256 block, ...) of silu(gate) * up of one expert's rows, rounded at once: only this thread has them all.
-void hidden_block(const GemmTable& kernels, const Panels& gate, const Panels& up, const Rounded& x,
-                  const Sorted& sorted, int64_t expert, int64_t block, const Rounded& hidden) {
+void hidden_block(const Kernels& kernels, const Weights& gate, const Weights& up, const Activations& x,
+                  const Sorted& sorted, int64_t expert, int64_t block, const Activations& hidden) {
   constexpr int64_t kRows = 64;  // of these columns at a time: the results stay in the cache
-  const int64_t columns = std::min<int64_t>(kBlock, gate.rows - block * kBlock);
-  const int64_t end = sorted.starts[static_cast<size_t>(expert + 1)];
-  float* g = scratch(2 * kRows * kBlock);
+  const int64_t columns = std::min<int64_t>(kBlock, gate.rows() - block * kBlock);
+  const int64_t panels = (columns + kPanel - 1) / kPanel, end = sorted.start(expert + 1);
+  float* g = scratch(0, 2 * kRows * kBlock);
   float* u = g + kRows * kBlock;
-  for (int64_t at = sorted.starts[static_cast<size_t>(expert)]; at < end; at += kRows) {
+  for (int64_t at = sorted.start(expert); at < end; at += kRows) {
     const int64_t count = std::min(kRows, end - at);
-    const int32_t* rows = sorted.tokens.data() + at;
-    for (int64_t p = 0; p < (columns + kPanel - 1) / kPanel; ++p) {
-      kernels.panel(gate, block * (kBlock / kPanel) + p, x, rows, count, g + p * kPanel, kBlock);
-      kernels.panel(up, block * (kBlock / kPanel) + p, x, rows, count, u + p * kPanel, kBlock);
+    const int32_t* rows = sorted.rows.data() + at;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t panel = block * (kBlock / kPanel) + p;
+      x.multiply(kernels, gate, panel, rows, count, g + p * kPanel, kBlock);
+      x.multiply(kernels, up, panel, rows, count, u + p * kPanel, kBlock);
     }
     for (int64_t i = 0; i < count; ++i) {
-      kernels.swiglu(g + i * kBlock, u + i * kBlock, g + i * kBlock, (columns + kPanel - 1) / kPanel * kPanel);
-      kernels.round(g + i * kBlock, static_cast<int>(columns), hidden, at + i, block);
+      kernels.gemm.swiglu(g + i * kBlock, u + i * kBlock, g + i * kBlock, panels * kPanel);
+      hidden.fill_block(kernels, g + i * kBlock, at + i, block);
     }
   }
 }
 
-}  // namespace
-
-void experts(const GemmTable& kernels, const float* x, int64_t tokens, const int32_t* picks, const float* shares,
-             int64_t choices, const Experts& weights, float* out, int threads) {
-  if (tokens == 0) return;
-  const int64_t width = weights.gate[0].columns, wide = weights.gate[0].rows, assigned = tokens * choices;
-  RoundedRows rounded(tokens, width), hidden(assigned, wide);
-  rounded.fill(kernels, x, tokens, threads);
-  const Sorted sorted(picks, tokens, choices, weights.count);
-  std::vector<int32_t> used;
-  for (int64_t e = 0; e < weights.count; ++e) {
-    if (sorted.starts[static_cast<size_t>(e + 1)] > sorted.starts[static_cast<size_t>(e)]) {
-      used.push_back(static_cast<int32_t>(e));
+// A strip of the result: of all experts, so that the sum over a row's experts is made where their results are.
+void down_strip(const Kernels& kernels, const Experts& weights, const Activations& hidden, const Sorted& sorted,
+                const std::vector<int32_t>& all, const Picks& picks, int64_t rows, int64_t first, const float* residual,
+                float* out) {
+  const int64_t width = weights.down[0].rows(), columns = std::min(kWide, width - first * kPanel);
+  float* parts = scratch(0, static_cast<int64_t>(all.size()) * kWide);
+  for (const int64_t e : sorted.used) {
+    const int64_t start = sorted.start(e);
+    for (int64_t p = 0; p < (columns + kPanel - 1) / kPanel; ++p) {
+      hidden.multiply(kernels, weights.down[e], first + p, all.data() + start, sorted.count(e),
+                      parts + start * kWide + p * kPanel, kWide);
     }
   }
-  const int64_t blocks = hidden.view().blocks();
-  parallel(static_cast<int64_t>(used.size()) * blocks, threads, [&](int64_t item) {
-    const int64_t e = used[static_cast<size_t>(item / blocks)];
-    hidden_block(kernels, weights.gate[e], weights.up[e], rounded.view(), sorted, e, item % blocks, hidden.view());
-  });
-  std::vector<int32_t> numbers(static_cast<size_t>(assigned));
-  for (int64_t i = 0; i < assigned; ++i) numbers[static_cast<size_t>(i)] = static_cast<int32_t>(i);
-  const int64_t strips = (weights.down[0].count() + kStrip - 1) / kStrip;
-  parallel(strips, threads, [&](int64_t strip) {
-    constexpr int64_t kWide = kStrip * kPanel;
-    // A strip of all experts, so that the sum over a token's experts is made where their results are.
-    float* parts = scratch(assigned * kWide);
-    const int64_t first = strip * kStrip, last = std::min(first + kStrip, weights.down[0].count());
-    for (const int32_t e : used) {
-      const int64_t start = sorted.starts[static_cast<size_t>(e)], end = sorted.starts[static_cast<size_t>(e + 1)];
-      for (int64_t p = first; p < last; ++p) {
-        kernels.panel(weights.down[e], p, hidden.view(), numbers.data() + start, end - start,
-                      parts + start * kWide + (p - first) * kPanel, kWide);
-      }
+  for (int64_t row = 0; row < rows; ++row) {
+    float sum[kWide] = {};
+    for (int64_t choice = 0; choice < picks.choices; ++choice) {
+      const size_t i = static_cast<size_t>(row * picks.choices + choice);
+      const float* from = parts + static_cast<int64_t>(sorted.places[i]) * kWide;
+      for (int64_t c = 0; c < columns; ++c) sum[c] += picks.shares[i] * from[c];
     }
-    const int64_t columns = std::min<int64_t>(kWide, width - first * kPanel);
-    for (int64_t t = 0; t < tokens; ++t) {
-      float* to = out + t * width + first * kPanel;
-      for (int64_t c = 0; c < columns; ++c) to[c] = 0.0f;
-      for (int64_t choice = 0; choice < choices; ++choice) {
-        const float* from = parts + static_cast<int64_t>(sorted.places[static_cast<size_t>(t * choices + choice)]) * kWide;
-        const float share = shares[t * choices + choice];
-        for (int64_t c = 0; c < columns; ++c) to[c] += share * from[c];
-      }
-    }
+    const int64_t at = row * width + first * kPanel;
+    for (int64_t c = 0; c < columns; ++c) out[at + c] = residual == nullptr ? sum[c] : residual[at + c] + sum[c];
+  }
+}
+
+Forms inputs_of(const Experts& weights) {
+  Forms forms;
+  for (int64_t e = 0; e < weights.count; ++e) forms.add(weights.gate[e]), forms.add(weights.up[e]);
+  return forms;
+}
+
+// The experts of rows whose activations are there already.
+void mix(const Kernels& kernels, const Activations& x, int64_t rows, const Picks& picks, const Experts& weights,
+         const float* residual, float* out, int threads) {
+  const Sorted sorted(picks, rows, weights.count);
+  const int64_t assigned = rows * picks.choices;
+  Forms forms;
+  for (int64_t e = 0; e < weights.count; ++e) forms.add(weights.down[e]);
+  const Activations hidden(assigned, weights.down[0].columns(), forms);
+  const int64_t blocks = hidden.blocks();
+  parallel(static_cast<int64_t>(sorted.used.size()) * blocks, threads, [&](int64_t item) {
+    const int64_t e = sorted.used[static_cast<size_t>(item / blocks)];
+    hidden_block(kernels, weights.gate[e], weights.up[e], x, sorted, e, item % blocks, hidden);
   });
+  const std::vector<int32_t> all = numbers(assigned);
+  parallel((weights.down[0].rows() + kWide - 1) / kWide, threads, [&](int64_t strip) {
+    down_strip(kernels, weights, hidden, sorted, all, picks, rows, strip * kStrip, residual, out);
+  });
+}
+
+// The largest logits of a row, in descending order, the lower expert first where two are equal; and their softmax.
+void choose(const Kernels& kernels, const float* logits, int64_t count, int64_t choices, int64_t* picks, float* shares) {
+  for (int64_t choice = 0; choice < choices; ++choice) {
+    int64_t best = -1;
+    for (int64_t e = 0; e < count; ++e) {
+      if (std::find(picks, picks + choice, e) != picks + choice) continue;
+      // The first one is taken without comparing: logits that are not numbers still pick somebody.
+      if (best < 0 || logits[e] > logits[best]) best = e;
+    }
+    picks[choice] = best;
+  }
+  float sum = 0.0f;
+  for (int64_t i = 0; i < choices; ++i) sum += shares[i] = kernels.rows.exponential(logits[picks[i]] - logits[picks[0]]);
+  for (int64_t i = 0; i < choices; ++i) shares[i] /= sum;
+}
+
+}  // namespace
+
+void experts(const Kernels& kernels, const Input& input, const Picks& picks, const Experts& weights,
+             const float* residual, float* out, int threads) {
+  if (input.rows == 0) return;
+  const Activations activations(input.rows, input.columns, inputs_of(weights));
+  each_row(kernels, input, threads, [&](int64_t row, const float* x) { activations.fill_row(kernels, x, row); });
+  mix(kernels, activations, input.rows, picks, weights, residual, out, threads);
+}
+
+void mixture(const Kernels& kernels, const Input& input, const Routing& routing, const Experts& weights,
+             const float* residual, float* out, int threads) {
+  if (input.rows == 0) return;
+  const Activations activations(input.rows, input.columns, inputs_of(weights));
+  each_row(kernels, input, threads, [&](int64_t row, const float* x) {
+    float* logits = routing.logits + row * weights.count;
+    kernels.rows.scores(x, routing.router, weights.count, input.columns, logits);
+    choose(kernels, logits, weights.count, routing.choices, routing.picks + row * routing.choices,
+           routing.shares + row * routing.choices);
+    activations.fill_row(kernels, x, row);
+  });
+  mix(kernels, activations, input.rows, {routing.picks, routing.shares, routing.choices}, weights, residual, out, threads);
 }
 
 }  // namespace mixtral

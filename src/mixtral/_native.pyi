@@ -24,8 +24,14 @@ def encode_groups(
 ) -> tuple[int, int, int]: ...
 def kernel_levels() -> list[str]: ...
 def panel_bytes(kind: int, rows: int, columns: int, group: int) -> int: ...
+def block_bytes(head_size: int, kind: int) -> int: ...
 
-class Matrix:
+class Matrix: ...
+
+class DenseMatrix(Matrix):
+    def __init__(self, kind: int, rows: int, columns: int, data: npt.NDArray[np.uint8]) -> None: ...
+
+class PackedMatrix(Matrix):
     def __init__(self, kind: int, rows: int, columns: int, group: int, data: npt.NDArray[np.uint8]) -> None: ...
     def pack_blocks(self, blocks: npt.NDArray[np.uint8], threads: int) -> None: ...
     def unpack_blocks(self, blocks: npt.NDArray[np.uint8], threads: int) -> None: ...
@@ -47,15 +53,58 @@ class Matrix:
 class ExpertSet:
     def __init__(self, gate: list[Matrix], up: list[Matrix], down: list[Matrix]) -> None: ...
 
-def linear(
-    x: npt.NDArray[np.float32], weights: Matrix, out: npt.NDArray[np.float32], threads: int, level: str = ""
+class Spans:
+    def __init__(self, spans: list[tuple[list[int], int, int]]) -> None: ...
+
+def project(
+    x: npt.NDArray[np.float32],
+    matrices: list[Matrix],
+    out: npt.NDArray[np.float32],
+    threads: int,
+    norm: npt.NDArray[np.float32] | None = None,
+    eps: float = 0.0,
+    residual: npt.NDArray[np.float32] | None = None,
+    level: str = "",
 ) -> None: ...
 def experts(
     x: npt.NDArray[np.float32],
-    picks: npt.NDArray[np.int32],
+    picks: npt.NDArray[np.int64],
     shares: npt.NDArray[np.float32],
     weights: ExpertSet,
     out: npt.NDArray[np.float32],
     threads: int,
+    level: str = "",
+) -> None: ...
+def mixture(
+    x: npt.NDArray[np.float32],
+    router: npt.NDArray[np.float32],
+    weights: ExpertSet,
+    out: npt.NDArray[np.float32],
+    logits: npt.NDArray[np.float32],
+    picks: npt.NDArray[np.int64],
+    shares: npt.NDArray[np.float32],
+    threads: int,
+    norm: npt.NDArray[np.float32] | None = None,
+    eps: float = 0.0,
+    residual: npt.NDArray[np.float32] | None = None,
+    level: str = "",
+) -> None: ...
+def attend(
+    qkv: npt.NDArray[np.float32],
+    cosines: npt.NDArray[np.float32],
+    sines: npt.NDArray[np.float32],
+    spans: Spans,
+    store: npt.NDArray[np.uint8],
+    out: npt.NDArray[np.float32],
+    head_size: int,
+    kind: int,
+    threads: int,
+    level: str = "",
+) -> None: ...
+def norm(
+    x: npt.NDArray[np.float32],
+    weight: npt.NDArray[np.float32],
+    eps: float,
+    out: npt.NDArray[np.float32],
     level: str = "",
 ) -> None: ...

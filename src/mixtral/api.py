@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 
+from mixtral.compiled import compile_model
 from mixtral.config import PRESETS, MixtralConfig
 from mixtral.engine.generator import Generator as TokenGenerator
 from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
 from mixtral.model.mixtral import Mixtral
+from mixtral.results import ChatCompletion, ChatDelta, Completion, Delta, TokenLogprob, Usage
 from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, check_pieces, encode_chat, parse_calls
 from mixtral.weights import dtype_of, find_gguf, is_compact, load_compact, load_model, pieces_of, save_model
-from mixtral.wire import Candidate, SamplingParams, TokenEvent
+from mixtral.wire import SamplingParams, TokenEvent
 
 __all__ = [
     "LLM",
@@ -36,70 +37,6 @@ _FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One token of the output, its raw log-probability, and the most likely tokens in its place."""
-
-    id: int
-    logprob: float
-    top: tuple[Candidate, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What one step added to the answer of prompt ``sequence``. ``finish_reason`` is set on the last one."""
-
-    text: str
-    ids: list[int]
-    finish_reason: Literal["stop", "length"] | None = None
-    logprobs: list[TokenLogprob] | None = None
-    sequence: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished answer. ``ids`` are all sampled tokens, the end token included; ``text`` ends before a stop string.
-
-    ``text`` is empty for a model without tokenizer. The same call with the same ``seed`` gives the same answer; what is
-    drawn for a prompt also depends on its place in the list.
-    """
-
-    text: str
-    ids: list[int]
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    seed: int
-    logprobs: list[TokenLogprob] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a conversation (control tokens included) and of its answer."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChatDelta:
-    """What one step added to an assistant turn. Calls come whole, on the last one, where ``finish_reason`` is set."""
-
-    content: str
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    usage: Usage | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ChatCompletion:
-    """A finished assistant turn: text, or calls of the offered functions."""
-
-    content: str
-    tool_calls: list[ToolCall]
-    finish_reason: Literal["stop", "length", "tool_calls"]
-    usage: Usage
 
 
 class LLM:
@@ -360,20 +297,28 @@ def load(
     unpickle: bool = False,
     decode: bool = False,
     reference: bool = False,
+    kv_dtype: str | None = None,
 ) -> LLM:
     """Load a model: "embedded" (ships with this package), a folder of Hugging Face's or Mistral's files, or GGUF.
 
-    ``dtype`` None keeps that of the files. Quantised matrices stay so in memory; on the CPU compiled kernels multiply
-    with them, and round activations to int8 in blocks of 256. ``reference`` decodes them where they are used instead,
-    and ``decode`` all of them now, which takes the memory of ``dtype``. ``threads`` sets the CPU threads of the whole
-    process. ``name`` is what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth``
-    files, which could carry code.
+    ``dtype`` None keeps that of the files. Quantised matrices stay so in memory; ``decode`` decodes all of them now,
+    which takes the memory of ``dtype``. On the CPU the model runs on compiled kernels, which round the inputs of
+    quantised matrices to int8 in blocks of 256; with ``reference``, and on other devices, in plain torch, which decodes
+    matrices where they are used. ``kv_dtype`` is what the kernels store keys and values as, "bfloat16", "float32" or
+    "int8"; default: bfloat16 for bfloat16 models, else float32. ``threads`` sets the CPU threads of the whole process.
+    ``name`` is what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which
+    could carry code.
 
     Raises:
         ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
         CheckpointError: files are missing or damaged, or do not fit the config.
     """
     target, kind = _device(device), dtype_of(dtype)
+    compiled = not reference and target.type == "cpu"
+    if kv_dtype is not None and not compiled:
+        raise ConfigError(
+            "kv_dtype is for compiled kernels, which run on the CPU and without reference", param="kv_dtype"
+        )
     folder = folder_of(model)
     if threads is not None:
         if not 1 <= threads <= 1024:
@@ -382,9 +327,13 @@ def load(
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind)
+        if compiled:
+            compile_model(compact.model, kv_dtype=kv_dtype)
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
     found = load_model(folder, device=target, dtype=kind, unpickle=unpickle, decode=decode, reference=reference)
+    if compiled:
+        compile_model(found, kv_dtype=kv_dtype)
     fitting = Tokenizer.version_for(found.config.vocab_size)
     tokenizer = Tokenizer.from_version(fitting) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):

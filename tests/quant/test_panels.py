@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from mixtral import ops
-from mixtral.quant import compiled
-from mixtral.quant.compiled import module
+from mixtral.ops import native
+from mixtral.ops.native import kernel_levels, module
 from mixtral.quant.encode import encode_rows
 from mixtral.quant.modules import PackedExperts, PackedLinear
 from mixtral.quant.packed import Blocks, Groups, Packed
-from mixtral.quant.panels import Panels, kernel_levels, to_panels
+from mixtral.quant.panels import Panels, to_panels
 from mixtral.quant.rtn import IntForm, encode_groups
 
 FORMATS = ["Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q8_0", "INT4_G64", "INT4_G128_ZEROS", "INT3_G32", "INT8_G512", "INT8_G32"]
@@ -65,7 +65,7 @@ def rounded(x: torch.Tensor) -> NDArray[np.float64]:
 
 def multiply(matrix: Panels, x: torch.Tensor, level: str, threads: int = 2) -> torch.Tensor:
     out = torch.full((len(x), matrix.shape[0]), float("nan"))
-    module().linear(x.numpy(), matrix.matrix, out.numpy(), threads, level)
+    module().project(x.numpy(), [matrix.matrix], out.numpy(), threads, level=level)
     return out
 
 
@@ -182,8 +182,8 @@ def test_experts(name: str, case: str) -> None:
         assert torch.equal(compiled(x[t : t + 1], alone)[0], found[t])
     for level in kernel_levels():
         out = torch.full_like(x, float("nan"))
-        arguments = (x.numpy(), chosen.picks_TA.int().numpy(), chosen.weights_TA.numpy())
-        module().experts(*arguments, compiled._compiled(), out.numpy(), 3, level)
+        arguments = (x.numpy(), chosen.picks_TA.numpy(), chosen.weights_TA.numpy())
+        module().experts(*arguments, compiled.compiled(), out.numpy(), 3, level)
         assert torch.equal(out, found), level
 
 
@@ -218,29 +218,29 @@ def test_what_has_no_kernel_stays_as_it_is() -> None:
 
 
 def test_wrong_calls_are_refused() -> None:
-    native = module()
+    compiled = module()
     matrix = panels(packed("Q4_K"))
     good = np.zeros((2, 512), np.float32)
     for x, out in ((good[:, :256].copy(), np.zeros((2, 50), np.float32)), (good, np.zeros((2, 49), np.float32))):
-        with pytest.raises(ValueError, match="must be"):
-            native.linear(x, matrix.matrix, out, 1)
+        with pytest.raises(ValueError, match="must"):
+            compiled.project(x, [matrix.matrix], out, 1)
     with pytest.raises(ValueError, match="does not run the kernels 'mmx'"):
-        native.linear(good, matrix.matrix, np.zeros((2, 50), np.float32), 1, "mmx")
+        compiled.project(good, [matrix.matrix], np.zeros((2, 50), np.float32), 1, level="mmx")
     with pytest.raises(TypeError):
-        native.linear(good.astype(np.float64), matrix.matrix, np.zeros((2, 50), np.float32), 1)
+        compiled.project(good.astype(np.float64), [matrix.matrix], np.zeros((2, 50), np.float32), 1)
     with pytest.raises(ValueError, match="multiple of 256"):
-        native.panel_bytes(0, 16, 320, 0)
+        compiled.panel_bytes(0, 16, 320, 0)
     with pytest.raises(ValueError, match="kind must be"):
-        native.panel_bytes(9, 16, 256, 0)
+        compiled.panel_bytes(9, 16, 256, 0)
     with pytest.raises(ValueError, match="whole groups"):
-        native.panel_bytes(3, 16, 96, 64)
+        compiled.panel_bytes(3, 16, 96, 64)
     with pytest.raises(ValueError, match="data must have"):
-        native.Matrix(0, 16, 256, 0, np.zeros(9, np.uint8))
+        compiled.PackedMatrix(0, 16, 256, 0, np.zeros(9, np.uint8))
     layer = PackedExperts(*([panels(one) for one in part] for part in experts("Q4_K")))
     out = np.zeros((1, 256), np.float32)
-    arguments = (np.zeros((1, 256), np.float32), np.array([[0, 4]], np.int32), np.ones((1, 2), np.float32))
+    arguments = (np.zeros((1, 256), np.float32), np.array([[0, 4]], np.int64), np.ones((1, 2), np.float32))
     with pytest.raises(ValueError, match="an expert that is not there"):
-        native.experts(*arguments, layer._compiled(), out, 1)
+        compiled.experts(*arguments, layer.compiled(), out, 1)
 
 
 def test_no_rows() -> None:
@@ -253,16 +253,16 @@ def test_torch_gets_its_threads_back() -> None:
         def forward(self, fail: bool) -> tuple[int, int]:
             if fail:
                 raise ValueError("no")
-            return torch.get_num_threads(), compiled.threads()
+            return torch.get_num_threads(), native.threads()
 
     layer, before = Layer(), torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        compiled.take_threads(layer)
+        native.take_threads(layer)
         assert layer(fail=False) == (1, 3)
         with pytest.raises(ValueError, match="no"):
             layer(fail=True)
-        assert (torch.get_num_threads(), compiled.threads()) == (3, 3)
+        assert (torch.get_num_threads(), native.threads()) == (3, 3)
     finally:
         torch.set_num_threads(before)
 

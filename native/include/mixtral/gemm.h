@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
 #include "mixtral/panels.h"
 
@@ -34,23 +33,5 @@ struct GemmTable {
   // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]; count is a multiple of 16.
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t count);
 };
-
-// The table of an instruction set ("baseline", "avx2", "avx512vnni"; empty: the fastest one); null if it is unknown or
-// cannot run here.
-const GemmTable* find_gemm(std::string_view level);
-
-// out [rows, weights.rows] = x [rows, weights.columns] times the weights transposed.
-void linear(const GemmTable& kernels, const float* x, int64_t rows, const Panels& weights, float* out, int threads);
-
-// Experts of a layer; picks and shares are [tokens, choices]. out [tokens, width] is the sum, in the order of choice, of
-// share * down(silu(gate(x)) * up(x)).
-struct Experts {
-  const Panels* gate;
-  const Panels* up;
-  const Panels* down;
-  int64_t count;
-};
-void experts(const GemmTable& kernels, const float* x, int64_t tokens, const int32_t* picks, const float* shares,
-             int64_t choices, const Experts& weights, float* out, int threads);
 
 }  // namespace mixtral

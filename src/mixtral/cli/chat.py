@@ -11,6 +11,7 @@ from mixtral.cli.generate import (
     DecodeOption,
     DeviceOption,
     DtypeOption,
+    KvCacheOption,
     MaxTokensOption,
     MinPOption,
     ModelOption,
@@ -47,6 +48,7 @@ def run(
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
+    kv_cache_dtype: KvCacheOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
@@ -55,7 +57,9 @@ def run(
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"seed": seed, "max_tokens": max_tokens}
     check_sampling(options)
-    llm = load(model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads)
+    llm = load(
+        model, device=device, dtype=dtype, decode=decode, reference=reference, kv_dtype=kv_cache_dtype, threads=threads
+    )
     llm.tokenizer  # noqa: B018 - nobody can talk with a model without one; say so before the first question
     chat = Conversation(llm, system, options)
     if output.interactive():

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mixtral.cli import answers, output
-from mixtral.cli.generate import DecodeOption, DeviceOption, DtypeOption, ModelOption, ReferenceOption, ThreadsOption
+from mixtral.cli.generate import (
+    DecodeOption,
+    DeviceOption,
+    DtypeOption,
+    KvCacheOption,
+    ModelOption,
+    ReferenceOption,
+    ThreadsOption,
+)
 from mixtral.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ def run(
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
+    kv_cache_dtype: KvCacheOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Score a model on held-out documents. Greedy answers, checked; with intervals and trivial baselines."""
@@ -41,7 +50,9 @@ def run(
         raise ConfigError(f"unknown suite {unknown[0]!r}; expected one of {', '.join(SUITES)}", param="suite")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise ConfigError(f"--json is {str(json_path)!r}; expected a file in an existing folder", param="json")
-    llm = load(model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads)
+    llm = load(
+        model, device=device, dtype=dtype, decode=decode, reference=reference, kv_dtype=kv_cache_dtype, threads=threads
+    )
 
     def on_batch(name: str, answered: int, total: int) -> None:
         output.note(f"{name}: {answered} of {total} answered")

@@ -18,6 +18,7 @@ __all__ = [
     "DecodeOption",
     "DeviceOption",
     "DtypeOption",
+    "KvCacheOption",
     "MaxTokensOption",
     "MinPOption",
     "ModelOption",
@@ -38,7 +39,11 @@ DecodeOption = Annotated[
     bool, typer.Option("--decode", help="Decode quantised weights when loading; takes the memory of --dtype.")
 ]
 ReferenceOption = Annotated[
-    bool, typer.Option("--reference", help="Decode quantised weights where they are used, not the compiled kernels.")
+    bool, typer.Option("--reference", help="Plain torch; quantised weights are decoded where they are used.")
+]
+KvCacheOption = Annotated[
+    str | None,
+    typer.Option("--kv-cache-dtype", help="Keys and values: bfloat16, float32 or int8; default: as the model."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's own choice.")]
 MaxTokensOption = Annotated[
@@ -73,6 +78,7 @@ def run(
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
+    kv_cache_dtype: KvCacheOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a text or a list of token ids."""
@@ -93,7 +99,9 @@ def run(
     }
     check_sampling(options)
     options["stop"] = tuple(stop or ())
-    llm = load(model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads)
+    llm = load(
+        model, device=device, dtype=dtype, decode=decode, reference=reference, kv_dtype=kv_cache_dtype, threads=threads
+    )
     if stream if stream is not None else sys.stdout.isatty() and not as_json:
         _stream(llm, given, options, as_json=as_json)
     else:

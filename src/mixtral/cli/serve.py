@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from mixtral.cli import output
-from mixtral.cli.generate import DecodeOption, DeviceOption, DtypeOption, ModelOption, ReferenceOption, ThreadsOption
+from mixtral.cli.generate import (
+    DecodeOption,
+    DeviceOption,
+    DtypeOption,
+    KvCacheOption,
+    ModelOption,
+    ReferenceOption,
+    ThreadsOption,
+)
 
 __all__ = ["run"]
 
@@ -30,6 +38,7 @@ def run(
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
+    kv_cache_dtype: KvCacheOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""
@@ -39,7 +48,14 @@ def run(
     from mixtral.api import load
 
     llm = load(
-        model, device=device, dtype=dtype, decode=decode, reference=reference, threads=threads, name=served_model_name
+        model,
+        device=device,
+        dtype=dtype,
+        decode=decode,
+        reference=reference,
+        kv_dtype=kv_cache_dtype,
+        threads=threads,
+        name=served_model_name,
     )
     llm.tokenizer  # noqa: B018 - a model without one cannot be served; say so before listening
     with _request_log():

@@ -25,7 +25,6 @@ from mixtral.engine.pages import PageAllocator, pages_for
 from mixtral.engine.sampling import History, choose
 from mixtral.errors import CapacityError, RequestError, TokenizerError
 from mixtral.model.batch import Batch, Output
-from mixtral.model.cache import PagedCache
 from mixtral.model.mixtral import Mixtral
 from mixtral.wire.messages import FinishReason, SamplingParams, TokenEvent
 
@@ -157,7 +156,7 @@ class _Run:
         self.model = model
         # The last token of an answer is never fed.
         self.pages = PageAllocator(sum(pages_for(len(s.waiting) + s.params.max_tokens - 1) for s in sequences))
-        self.cache = PagedCache(model.config, pages=self.pages.total, device=model.device, dtype=model.dtype)
+        self.cache = model.new_cache(self.pages.total)
 
     def step(self, pieces: Sequence[_Piece]) -> Iterator[TokenEvent]:
         """Feed the pieces, and give a token to every sequence that has nothing left to feed."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mixtral.ops import Route
 
-__all__ = ["Batch", "Context", "Output"]
+__all__ = ["Batch", "Cache", "Context", "Output"]
 
 
 class Context(Protocol):
@@ -17,6 +18,15 @@ class Context(Protocol):
 
     def attend(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         """Causal attention of every token over its own sequence in this layer: [T, H, K]."""
+        ...
+
+
+class Cache(Protocol):
+    """Pages of keys and values of every layer."""
+
+    def view(self, spans: Sequence[tuple[Sequence[int], int, int]]) -> Any:
+        """What one batch attends to, for ``Batch.context``. ``spans`` lists, in the order of its tokens, for every
+        sequence its page ids, the number of tokens already stored, and the number of tokens in this batch."""
         ...
 
 

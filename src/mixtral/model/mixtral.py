@@ -5,12 +5,15 @@ T tokens of all sequences, D width, H query heads, G key-value heads, K head siz
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mixtral import ops
 from mixtral.config import MixtralConfig
-from mixtral.model.batch import Batch, Context, Output
+from mixtral.model.batch import Batch, Cache, Context, Output
+from mixtral.model.cache import PagedCache
 from mixtral.model.moe import MixtureOfExperts
 
 __all__ = ["Attention", "Decoder", "DecoderLayer", "Embedding", "Linear", "Mixtral", "Norm"]
@@ -60,7 +63,7 @@ class Attention(nn.Module):
         self, config: MixtralConfig, layer: int, *, device: torch.device | str | None, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.heads = layer, config.head_dim, config.num_attention_heads
         width, query = config.hidden_size, config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(width, query, device=device, dtype=dtype)
@@ -124,6 +127,7 @@ class Mixtral(nn.Module):
 
     Parameters are uninitialised memory of ``dtype``, except the routers, which are float32; ``device="meta"`` allocates
     nothing. ``config.max_position_embeddings`` is a promise of the weights; whoever makes batches keeps to it.
+    ``new_cache(pages)`` makes the cache that the layers attend to.
     """
 
     def __init__(
@@ -133,6 +137,10 @@ class Mixtral(nn.Module):
         self.config = config
         self.model = Decoder(config, device=device, dtype=dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, device=device, dtype=dtype)
+        self.new_cache: Callable[[int], Cache] = self._paged_cache
+
+    def _paged_cache(self, pages: int) -> Cache:
+        return PagedCache(self.config, pages=pages, device=self.device, dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

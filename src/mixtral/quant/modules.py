@@ -58,7 +58,7 @@ class PackedExperts(nn.Module):
     def forward(self, x_TD: Tensor, route: ops.Route) -> Tensor:
         """Weighted sum of the chosen experts: [T, D]. Products are summed in float32 in order of choice."""
         if self._in_panels and x_TD.device.type == "cpu":
-            return run_experts(self._compiled(), x_TD, route.picks_TA, route.weights_TA)
+            return run_experts(self.compiled(), x_TD, route.picks_TA, route.weights_TA)
         out_TAD = x_TD.new_zeros((*route.picks_TA.shape, x_TD.shape[-1]))
         for expert, (gate, up, down) in enumerate(self.matrices()):
             tokens, places = torch.nonzero(route.picks_TA == expert, as_tuple=True)
@@ -68,11 +68,11 @@ class PackedExperts(nn.Module):
                 out_TAD[tokens, places] = _product(hidden, down)
         return (out_TAD.float() * route.weights_TA[..., None]).sum(1).to(x_TD.dtype)
 
-    def _compiled(self) -> Any:
-        """All experts for one call of the compiled kernels."""
-        if self._set is None:
+    def compiled(self) -> Any:
+        """All experts for one call of the compiled kernels; None if any of them has none."""
+        if self._set is None and self._in_panels:
             columns = zip(*self.matrices(), strict=True)
-            self._set = expert_set(*(cast("list[Panels]", list(matrices)) for matrices in columns))
+            self._set = expert_set(*([cast(Panels, one).matrix for one in matrices] for matrices in columns))
         return self._set
 
     def _apply(self, *args: Any, **kwargs: Any) -> PackedExperts:

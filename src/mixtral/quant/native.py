@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixtral.errors import ConfigError
-from mixtral.quant.compiled import module
+from mixtral.ops.native import module
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.groups import check_rows
 from mixtral.quant.kencode import (

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import ConfigError
+from mixtral.ops.memory import empty
+from mixtral.ops.native import level, module, threads
 from mixtral.quant.bits import pack_bits, unpack_bits
-from mixtral.quant.compiled import module, threads
 from mixtral.quant.packed import Blocks, Groups, Packed
 from mixtral.quant.recode import as_groups
 
-__all__ = ["ROWS", "Panels", "expert_set", "kernel_levels", "run_experts", "to_panels"]
+__all__ = ["ROWS", "Panels", "expert_set", "run_experts", "to_panels"]
 
 ROWS = 16
 _KINDS = {"Q4_K": 0, "Q5_K": 1, "Q6_K": 2}
@@ -41,7 +42,7 @@ class Panels(Packed):
     def matrix(self) -> Any:
         """The compiled module's view of the data."""
         if self._matrix is None:
-            self._matrix = module().Matrix(self.kind, *self.shape, self.group, self.data.numpy())
+            self._matrix = module().PackedMatrix(self.kind, *self.shape, self.group, self.data.numpy())
         return self._matrix
 
     def _apply(self, *args: Any, **kwargs: Any) -> Panels:
@@ -68,7 +69,7 @@ class Panels(Packed):
         rows = min(self.shape[0], last * ROWS) - first * ROWS
         columns = self.shape[1]
         part = self.data[first * size : last * size].cpu().numpy()
-        matrix = module().Matrix(self.kind, rows, columns, self.group, part)
+        matrix = module().PackedMatrix(self.kind, rows, columns, self.group, part)
         if self.kind < _G4:
             blocks = torch.empty((rows, columns // 256 * (144, 176, 210)[self.kind]), dtype=torch.uint8)
             matrix.unpack_blocks(blocks.numpy(), threads())
@@ -83,17 +84,8 @@ class Panels(Packed):
         """``x @ weight.T`` [T, O] in the dtype of ``x``: activations are rounded to int8 in blocks of 256 columns."""
         x = x_TD.detach().float().contiguous()
         out = torch.empty((len(x), self.shape[0]))
-        module().linear(x.numpy(), self.matrix, out.numpy(), threads())
+        module().project(x.numpy(), [self.matrix], out.numpy(), threads(), level=level())
         return out.to(x_TD.dtype)
-
-
-def kernel_levels() -> tuple[str, ...]:
-    """Instruction sets whose kernels this processor runs, the fastest one last.
-
-    Raises:
-        ConfigError: the compiled module is missing.
-    """
-    return tuple(module().kernel_levels())
 
 
 def to_panels(packed: Packed) -> Panels | None:
@@ -130,18 +122,18 @@ def to_panels(packed: Packed) -> Panels | None:
 
 
 def _empty(native: ModuleType, label: str, kind: int, shape: tuple[int, int], group: int, bits: int) -> Panels:
-    data = torch.empty(native.panel_bytes(kind, *shape, group), dtype=torch.uint8)
+    data = empty((native.panel_bytes(kind, *shape, group),), torch.uint8)
     return Panels(label, kind, shape, group, data, bits)
 
 
-def expert_set(gate: list[Panels], up: list[Panels], down: list[Panels]) -> Any:
-    """The experts of a layer, for ``run_experts``.
+def expert_set(gate: list[Any], up: list[Any], down: list[Any]) -> Any:
+    """The experts of a layer out of compiled views of their matrices, for ``run_experts``.
 
     Raises:
         ConfigError: the matrices do not fit together.
     """
     try:
-        return module().ExpertSet(*([one.matrix for one in matrices] for matrices in (gate, up, down)))
+        return module().ExpertSet(gate, up, down)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -150,6 +142,6 @@ def run_experts(experts: Any, x_TD: Tensor, picks_TA: Tensor, weights_TA: Tensor
     """Weighted sum of the chosen experts [T, D] in the dtype of ``x``, summed in float32 in order of choice."""
     x = x_TD.detach().float().contiguous()
     out = torch.empty_like(x)
-    picks, shares = picks_TA.int().contiguous(), weights_TA.float().contiguous()
-    module().experts(x.numpy(), picks.numpy(), shares.numpy(), experts, out.numpy(), threads())
+    picks, shares = picks_TA.contiguous(), weights_TA.float().contiguous()
+    module().experts(x.numpy(), picks.numpy(), shares.numpy(), experts, out.numpy(), threads(), level())
     return out.to(x_TD.dtype)

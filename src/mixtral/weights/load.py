@@ -12,10 +12,10 @@ from torch import nn
 from mixtral.errors import CheckpointError, ConfigError
 from mixtral.files.read import DTYPES
 from mixtral.model.mixtral import Mixtral
-from mixtral.quant.compiled import take_threads
+from mixtral.ops.memory import empty
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
 from mixtral.quant.packed import Packed
-from mixtral.quant.panels import Panels, to_panels
+from mixtral.quant.panels import to_panels
 from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, unchanged
 from mixtral.weights.names import EMBEDDING, Half, Piece, is_router
 from mixtral.weights.reader import MatrixReader
@@ -59,8 +59,6 @@ def load_model(
         with MatrixReader() as reader, torch.no_grad():
             compiled = not reference and torch.device(device).type == "cpu"
             _fill(model, found, reader, torch.device(device), decode=decode, compiled=compiled)
-            if any(isinstance(part, Panels) for part in model.modules()):
-                take_threads(model.model)
     return model
 
 
@@ -162,7 +160,10 @@ def _fill_dense(
     for name in dict.fromkeys(piece.parameter for piece in pieces):
         wanted = model.get_parameter(name)
         # Not empty_like: the first operation on a meta tensor imports 0.4 s worth of modules.
-        value = torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
+        cpu = device.type == "cpu"
+        value = (
+            empty(wanted.shape, wanted.dtype) if cpu else torch.empty(wanted.shape, dtype=wanted.dtype, device=device)
+        )
         for piece in pieces:
             if piece.parameter == name:
                 reader.piece(found.entries[piece.name], piece, piece.of(value))

@@ -1,7 +1,9 @@
-"""The compiled module ``mixtral._native``, or a clear error where it is missing."""
+"""The compiled module ``mixtral._native``: finding it, its instruction set, and its share of the threads."""
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -9,7 +11,10 @@ from torch import nn
 
 from mixtral.errors import ConfigError
 
-__all__ = ["module", "take_threads", "threads"]
+__all__ = ["VARIABLE", "kernel_levels", "level", "module", "take_threads", "threads"]
+
+VARIABLE = "MIXTRAL_ISA"
+"""Environment variable that lowers the instruction set of the kernels; one of ``kernel_levels()``."""
 
 
 def module() -> ModuleType:
@@ -25,6 +30,29 @@ def module() -> ModuleType:
             f"the compiled part of mixtral is missing ({error}); with a C++20 compiler, `pip install .` builds it"
         ) from None
     return _native
+
+
+@cache
+def kernel_levels() -> tuple[str, ...]:
+    """Instruction sets whose kernels this processor runs, the fastest one last.
+
+    Raises:
+        ConfigError: the compiled module is missing.
+    """
+    return tuple(module().kernel_levels())
+
+
+@cache
+def level() -> str:
+    """The instruction set in use: the fastest one, or that of ``MIXTRAL_ISA``, read once.
+
+    Raises:
+        ConfigError: this processor does not run the one that is asked for, or the compiled module is missing.
+    """
+    wanted, known = os.environ.get(VARIABLE, ""), kernel_levels()
+    if wanted and wanted not in known:
+        raise ConfigError(f"{VARIABLE} is {wanted!r}; this processor runs {', '.join(known)}", param=VARIABLE)
+    return wanted or known[-1]
 
 
 # As many threads as torch had, while torch itself has one.

@@ -1,0 +1,37 @@
+// Products with weights that are not quantised, as checkpoints store them: rows of bfloat16, float16 or float32.
+//
+// A result is a sum of 16 partial sums: number n takes the columns 32 b + 2 n and 32 b + 2 n + 1 of bfloat16 (the odd
+// one first), or 16 b + n of the others, in ascending b; the 16 are added in one tree. Activations are float32, and
+// rounded to bfloat16 before they meet bfloat16.
+#pragma once
+
+#include <cstdint>
+
+namespace mixtral {
+
+enum class Float : int { bf16 = 0, f16 = 1, f32 = 2 };
+
+struct Dense {
+  Float kind;
+  int64_t rows, columns;
+  const uint8_t* data;  // [rows, columns]
+
+  int64_t row_bytes() const { return columns * (kind == Float::f32 ? 4 : 2); }
+};
+
+// Activation rows [count, padded]: bfloat16 or float32, with zeros from `columns` to the next multiple of 32.
+struct Plain {
+  int64_t padded;
+  uint16_t* bf16;
+  float* f32;
+};
+
+struct DenseTable {
+  // out[i * stride + n] for the weight rows first + n, n < columns <= 16, and the activation rows[i], i < count.
+  void (*panel)(const Dense& weights, int64_t first, int64_t columns, const Plain& a, const int32_t* rows,
+                int64_t count, float* out, int64_t stride);
+  // Nearest bfloat16, ties to even.
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);
+};
+
+}  // namespace mixtral

@@ -1,0 +1,31 @@
+"""Memory for weights and caches in pages of 2 MB where the system has them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+__all__ = ["LARGE", "empty"]
+
+LARGE = 4 << 20
+"""Bytes from which on large pages are asked for."""
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As ``torch.empty`` on the CPU; from 4 MB on in large pages, which saves most look-ups of addresses.
+
+    Reading weights of 1 GB on two threads took 1.2 to 1.4 times as long with pages of 4 KB (virtual machine, Zen 4).
+    Linux gives large pages where ``/sys/kernel/mm/transparent_hugepage/enabled`` is ``madvise`` or ``always``.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < LARGE or sys.platform != "linux":
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them: ordinary pages do as well
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
