@@ -37,6 +37,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic"}),
     "train": ({"model", "ops", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
+    "bench": ({"weights", "files", "quant"}, {"torch", "numpy"}),
     "api": ({"model", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
     "__init__": ({"api", "wire"}, set()),
     "__main__": ({"cli"}, set()),
