@@ -18,21 +18,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from mixtral.bench.random_model import create_model
 from mixtral.config import preset
-from mixtral.files.gguf_write import GgufRecord, write_gguf
 from mixtral.quant import native
 from mixtral.quant.rtn import INT_FORMS
 from mixtral.tokenizer import gguf_vocabulary
-from mixtral.weights.gguf_model import to_metadata
-from mixtral.weights.names import Piece, is_router, tensors
 
 PEER = """
 import sys, llama_cpp
@@ -43,23 +39,9 @@ sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode
 
 
 def make(path: Path, name: str, layers: int) -> None:
-    """A float16 file of the width of a preset with random weights, a matrix at a time."""
+    """A float16 file of the width of a preset with random weights."""
     config = preset(name).replace(num_hidden_layers=layers)
-    generator = torch.Generator().manual_seed(0)
-
-    def values(pieces: list[Piece]) -> Iterator[Tensor]:
-        for piece in pieces:
-            wide = torch.randn(piece.shape, generator=generator).mul_(0.02)
-            plain = len(piece.shape) == 1 or is_router(piece.parameter)
-            yield (wide if plain else wide.half()).view(torch.uint8)
-
-    records = []
-    for pieces in tensors(config, "gguf"):
-        first = pieces[0]
-        form = "F32" if len(first.tensor_shape) == 1 or is_router(first.parameter) else "F16"
-        records.append(GgufRecord(first.name, form, first.tensor_shape, lambda p=pieces: values(p)))  # type: ignore[misc]
-    metadata = {**to_metadata(config, "random"), "general.file_type": 1}
-    write_gguf(path, {**metadata, **gguf_vocabulary(config.vocab_size)}, records)
+    create_model(config, path, form="f16", name=path.stem, vocabulary=gguf_vocabulary)
 
 
 def measure(name: str, command: list[str], target: Path, gigabytes: float) -> None:
@@ -121,8 +103,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     source = options.folder / f"random-{options.preset}-{options.layers}.f16.gguf"
     if not source.exists():
-        make(source.with_suffix(".part"), options.preset, options.layers)
-        os.replace(source.with_suffix(".part"), source)
+        make(source, options.preset, options.layers)
     gigabytes, threads = source.stat().st_size / 1e9, len(os.sched_getaffinity(0))
     print(f"{source.name}: {gigabytes:.2f} GB, {threads} threads", flush=True)
     mixtral = [sys.executable, "-m", "mixtral"]

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bind_layers.h"
+#include "bind_limits.h"
 #include "mixtral/encode.h"
 
 namespace nb = nanobind;
@@ -101,6 +102,7 @@ Result encode_groups(Values values, int bits, int64_t group, std::optional<Impor
 NB_MODULE(_native, module) {
   module.doc() = "Compiled operations of mixtral; called through mixtral.quant.native.";
   bind_layers(module);
+  bind_limits(module);
   module.def("levels", &levels, "Instruction sets that this processor runs, the fastest one last.");
   module.def("encode", &encode, nb::arg("name"), nb::arg("values").noconvert(),
              nb::arg("importance").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads"),

@@ -38,6 +38,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic"}),
     "train": ({"model", "ops", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
+    "bench": ({"ops", "weights", "files", "quant"}, {"torch", "numpy"}),
     "results": ({"tokenizer", "wire"}, set()),
     "api": ({"results", "compiled", "model", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
     "__init__": ({"api", "wire"}, set()),

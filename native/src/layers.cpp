@@ -10,13 +10,15 @@ namespace mixtral {
   namespace level {                                                                                   \
   extern const DenseTable dense;                                                                      \
   extern const AttentionTable attention;                                                              \
+  extern const LimitTable limits;                                                                     \
   }                                                                                                   \
   namespace other {                                                                                   \
   extern const GemmTable gemm;                                                                        \
   extern const RowTable rows;                                                                         \
   }                                                                                                   \
   namespace level {                                                                                   \
-  const Kernels kernels = {#level, other::gemm, level::dense, other::rows, level::attention};         \
+  const Kernels kernels = {#level, other::gemm, level::dense, other::rows, level::attention, \
+                           level::limits};                                                            \
   }
 
 TABLES(baseline, baseline)

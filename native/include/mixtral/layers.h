@@ -11,6 +11,7 @@
 #include "mixtral/attention.h"
 #include "mixtral/dense.h"
 #include "mixtral/gemm.h"
+#include "mixtral/limits.h"
 #include "mixtral/rows.h"
 
 namespace mixtral {
@@ -21,6 +22,7 @@ struct Kernels {
   const DenseTable& dense;
   const RowTable& rows;
   const AttentionTable& attention;
+  const LimitTable& limits;
 };
 
 // Those of an instruction set (kLevels; empty: the fastest one); null if it is unknown or cannot run here.

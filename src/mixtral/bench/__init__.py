@@ -1,0 +1,1 @@
+"""Measuring: models of random weights, and speed beside other programs on the same file."""
