@@ -34,6 +34,7 @@ inline T load(const void* from) {
 
 inline Ints all(int32_t value) { return value - Ints{}; }
 inline Floats all(float value) { return value - Floats{}; }
+inline Bytes bytes(uint8_t value) { return value - Bytes{}; }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 #if defined(MIXTRAL_X86) && MIXTRAL_LANES == 16
@@ -60,10 +61,11 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   return (Ints)total;
 }
 
-// sum + low pairs (u8 [lanes, 2]) times a pair of sums.
-inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
-  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)lows));
-  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, pairs, _mm512_set1_epi32(sums));
+// Pairs of bytes (u8 [lanes, 2]) as pairs of words.
+inline Words pairs(const uint8_t* from) { return (Words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
+// sum + pairs of words times one pair.
+inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, _mm512_set1_epi32(by));
 }
 
 #elif defined(MIXTRAL_X86) && defined(__AVX2__)
@@ -98,9 +100,9 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   return (Ints)total;
 }
 
-inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
-  const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)lows));
-  return (Ints)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(sums)));
+inline Words pairs(const uint8_t* from) { return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)); }
+inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
+  return (Ints)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi32(by)));
 }
 
 #else
@@ -138,9 +140,15 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   return sum;
 }
 
-inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
-  const int32_t first = static_cast<int16_t>(sums & 0xFFFF), second = sums >> 16;
-  for (int n = 0; n < kLanes; ++n) sum[n] += lows[2 * n] * first + lows[2 * n + 1] * second;
+inline Words pairs(const uint8_t* from) {
+  Words wide{};
+  for (int n = 0; n < 2 * kLanes; ++n) wide[n] = from[n];
+  return wide;
+}
+
+inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
+  const int32_t first = static_cast<int16_t>(by & 0xFFFF), second = by >> 16;
+  for (int n = 0; n < kLanes; ++n) sum[n] += pairs[2 * n] * first + pairs[2 * n + 1] * second;
   return sum;
 }
 
@@ -148,8 +156,13 @@ inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
 
 // --- quants of a group of 32 columns ---------------------------------------------------------------------------------
 
+// Bits of a quant, and whether 16 columns share a scale.
 template <Kind K>
 constexpr int kBits = K == Kind::q5_k ? 5 : K == Kind::q6_k ? 6 : K == Kind::g8 ? 8 : 4;
+template <Kind K>
+constexpr bool kSixteen = K == Kind::q2_k || K == Kind::q3_k || K == Kind::q6_k;
+template <Kind K>
+constexpr bool kMinimums = K == Kind::q2_k || K == Kind::q4_k || K == Kind::q5_k;
 
 inline Bytes shifted(Bytes v, int right) {
   return right >= 0 ? (Bytes)((Words)v >> static_cast<uint16_t>(right)) : (Bytes)((Words)v << static_cast<uint16_t>(-right));
@@ -162,19 +175,29 @@ inline void unpack(const uint8_t* from, Bytes* v) {
     for (int j = 0; j < 8; ++j) v[j] = load<Bytes>(from + 64 * j);
     return;
   }
-  const Bytes low = (Bytes)((Words{}) + static_cast<uint16_t>(0x0F0F));
+  if constexpr (K == Kind::q2_k) {
+    for (int j = 0; j < 8; ++j) v[j] = shifted(load<Bytes>(from + j / 4 * 64), 2 * (j % 4)) & bytes(3);
+    return;
+  }
+  if constexpr (K == Kind::q3_k) {
+    const Bytes last = load<Bytes>(from + 128);
+    for (int j = 0; j < 6; ++j) v[j] = shifted(load<Bytes>(from + j / 2 * 64), 3 * (j % 2)) & bytes(7);
+    for (int j = 0; j < 2; ++j) {
+      v[6 + j] = (shifted(load<Bytes>(from + j * 64), 6) & bytes(3)) | (shifted(last, 4 + j) & bytes(4));
+    }
+    return;
+  }
   for (int j = 0; j < 4; ++j) {
     const Bytes both = load<Bytes>(from + 64 * j);
-    v[2 * j] = both & low;
-    v[2 * j + 1] = shifted(both, 4) & low;
+    v[2 * j] = both & bytes(15);
+    v[2 * j + 1] = shifted(both, 4) & bytes(15);
   }
   if constexpr (K == Kind::q5_k) {
-    const Bytes high = load<Bytes>(from + 256), bit = (Bytes)((Words{}) + static_cast<uint16_t>(0x1010));
-    for (int j = 0; j < 8; ++j) v[j] |= shifted(high, j - 4) & bit;
+    const Bytes high = load<Bytes>(from + 256);
+    for (int j = 0; j < 8; ++j) v[j] |= shifted(high, j - 4) & bytes(16);
   }
   if constexpr (K == Kind::q6_k) {
-    const Bytes pair = (Bytes)((Words{}) + static_cast<uint16_t>(0x3030));
-    for (int j = 0; j < 8; ++j) v[j] |= shifted(load<Bytes>(from + 256 + j / 4 * 64), 2 * (j % 4) - 4) & pair;
+    for (int j = 0; j < 8; ++j) v[j] |= shifted(load<Bytes>(from + 256 + j / 4 * 64), 2 * (j % 4) - 4) & bytes(48);
   }
 }
 
@@ -189,6 +212,7 @@ struct Work {
   const int8_t* q[M];
   const float* steps[M];
   const int32_t* low16[M];
+  const int16_t* sum16[M];
   const int16_t* sum32[M];
 
   Work(const Panels& w, int64_t panel, int half_, const Rounded& a, const int32_t* rows)
@@ -198,28 +222,57 @@ struct Work {
       q[m] = a.q + first;
       steps[m] = a.scales + rows[m] * a.blocks();
       low16[m] = a.low16 + first / 16;
+      sum16[m] = a.sum16 + first / 16;
       sum32[m] = a.sum32 + first / kGroup;
     }
   }
 };
 
+// What the quants of 16 columns (number `i` of the row) start from: minus their zero times the activations.
+template <Kind K, int M>
+inline Ints start(const Work<M>& work, int m, int64_t i) {
+  if constexpr (K == Kind::q6_k) return all(work.low16[m][i]);
+  if constexpr (K == Kind::q3_k) return all(work.low16[m][i]) >> 3;
+  return Ints{};
+}
+
+// Scales of the two halves of group `g` of a block; in Q2_K also their minimums, as pairs.
+template <Kind K>
+inline void half_scales(const uint8_t* run, int half, int g, Ints& first, Ints& second, Words& minimums) {
+  if constexpr (K == Kind::q6_k) {
+    first = widen_signed(run + 2 * g * kPanel + half * kLanes);
+    second = widen_signed(run + (2 * g + 1) * kPanel + half * kLanes);
+    return;
+  }
+  const Words both = pairs(run + g * 2 * kPanel + half * 2 * kLanes);
+  if constexpr (K == Kind::q2_k) {
+    minimums = both >> 4;
+    first = (Ints)both & 15;
+    second = ((Ints)both >> 16) & 15;
+  } else {
+    first = (Ints)both << 24 >> 24;
+    second = (Ints)both << 8 >> 24;
+  }
+}
+
 template <Kind K, int M>
 inline void super_blocks(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
-  constexpr int64_t kQuants = K == Kind::q4_k ? 256 : K == Kind::q5_k ? 320 : 384, kScales = K == Kind::q6_k ? 288 : 320;
   const int64_t blocks = w.columns / kBlock;
   for (int64_t b = 0; b < blocks; ++b) {
-    const uint8_t* run = work.scales + b * kScales;
-    Ints sums[M] = {};
+    const uint8_t* run = work.scales + b * scale_bytes_of(K);
+    Ints sums[M] = {}, lows[M] = {};
     for (int64_t g = b * 8; g < b * 8 + 8; ++g) {
       Bytes v[8];
-      unpack<K>(work.quants + g * kQuants, v);
-      if constexpr (K == Kind::q6_k) {
-        const Ints first = widen_signed(run + 2 * (g - b * 8) * kPanel + work.half * kLanes);
-        const Ints second = widen_signed(run + (2 * (g - b * 8) + 1) * kPanel + work.half * kLanes);
+      unpack<K>(work.quants + g * quant_bytes_of(K), v);
+      if constexpr (kSixteen<K>) {
+        Ints first, second;
+        Words minimums;
+        half_scales<K>(run, work.half, static_cast<int>(g - b * 8), first, second, minimums);
         UNROLL for (int m = 0; m < M; ++m) {
           const int8_t* x = work.q[m] + g * kGroup;
-          sums[m] += dot<4, 6>(all(work.low16[m][2 * g]), v, x) * first;
-          sums[m] += dot<4, 6>(all(work.low16[m][2 * g + 1]), v + 4, x + 16) * second;
+          sums[m] += dot<4, kBits<K>>(start<K>(work, m, 2 * g), v, x) * first;
+          sums[m] += dot<4, kBits<K>>(start<K>(work, m, 2 * g + 1), v + 4, x + 16) * second;
+          if constexpr (K == Kind::q2_k) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(work.sum16[m] + 2 * g));
         }
       } else {
         const Ints scale = widen(run + (g - b * 8) * kPanel + work.half * kLanes);
@@ -229,19 +282,20 @@ inline void super_blocks(const Panels& w, const Work<M>& work, Floats (&total)[M
       }
     }
     const Floats d = halves(run + 256 + work.half * 2 * kLanes);
-    if constexpr (K == Kind::q6_k) {
+    if constexpr (!kMinimums<K>) {
       UNROLL for (int m = 0; m < M; ++m) total[m] = fma(to_floats(sums[m]), d * all(work.steps[m][b]), total[m]);
     } else {
       const Floats dmin = halves(run + 288 + work.half * 2 * kLanes);
       UNROLL for (int m = 0; m < M; ++m) {
-        Ints lows{};
-        UNROLL for (int j = 0; j < 4; ++j) {
-          const int32_t pair = load<int32_t>(work.sum32[m] + b * 8 + 2 * j);
-          lows = add_lows(lows, run + 128 + j * 2 * kPanel + work.half * 2 * kLanes, pair);
+        if constexpr (!kSixteen<K>) {
+          UNROLL for (int j = 0; j < 4; ++j) {
+            const int32_t pair = load<int32_t>(work.sum32[m] + b * 8 + 2 * j);
+            lows[m] = add_pairs(lows[m], pairs(run + 128 + j * 2 * kPanel + work.half * 2 * kLanes), pair);
+          }
         }
         const Floats step = all(work.steps[m][b]);
         total[m] = fma(to_floats(sums[m]), d * step, total[m]);
-        total[m] = fma(to_floats(lows), -(dmin * step), total[m]);
+        total[m] = fma(to_floats(lows[m]), -(dmin * step), total[m]);
       }
     }
   }
@@ -249,7 +303,6 @@ inline void super_blocks(const Panels& w, const Work<M>& work, Floats (&total)[M
 
 template <Kind K, int M>
 inline void groups(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
-  constexpr int64_t kQuants = K == Kind::g8 ? 512 : 256;
   const int64_t parts = w.group / kGroup;
   for (int64_t g = 0; g < w.columns / w.group; ++g) {
     const uint8_t* run = work.scales + g * 48;
@@ -257,7 +310,7 @@ inline void groups(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
     Ints sums[M] = {};
     for (int64_t i = g * parts; i < g * parts + parts; ++i) {
       Bytes v[8];
-      unpack<K>(work.quants + i * kQuants, v);
+      unpack<K>(work.quants + i * quant_bytes_of(K), v);
       UNROLL for (int m = 0; m < M; ++m) {
         sums[m] += dot<8, kBits<K>>(Ints{}, v, work.q[m] + i * kGroup) - zero * static_cast<int32_t>(work.sum32[m][i]);
       }
@@ -296,6 +349,10 @@ void all_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* r
 void panel(const Panels& w, int64_t number, const Rounded& a, const int32_t* rows, int64_t count, float* out,
            int64_t stride) {
   switch (w.kind) {
+    case Kind::q2_k:
+      return all_rows<Kind::q2_k>(w, number, a, rows, count, out, stride);
+    case Kind::q3_k:
+      return all_rows<Kind::q3_k>(w, number, a, rows, count, out, stride);
     case Kind::q4_k:
       return all_rows<Kind::q4_k>(w, number, a, rows, count, out, stride);
     case Kind::q5_k:
@@ -334,6 +391,7 @@ void round(const float* values, int count, const Rounded& to, int64_t row, int64
     int32_t sum = 0;
     for (int i = 0; i < 16; ++i) sum += q[g * 16 + i];
     to.low16[at / 16 + g] = -32 * sum;
+    to.sum16[at / 16 + g] = static_cast<int16_t>(sum);
     int16_t& pair = to.sum32[(at / 16 + g) / 2];
     pair = static_cast<int16_t>(g % 2 ? pair + sum : sum);
   }

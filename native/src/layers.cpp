@@ -44,8 +44,9 @@ class RoundedRows {
       : q_(new int8_t[static_cast<size_t>(rows * columns)]),
         scales_(new float[static_cast<size_t>(rows * ((columns + kBlock - 1) / kBlock))]),
         low16_(new int32_t[static_cast<size_t>(rows * columns / 16)]),
+        sum16_(new int16_t[static_cast<size_t>(rows * columns / 16)]),
         sum32_(new int16_t[static_cast<size_t>(rows * columns / 32)]),
-        view_{columns, q_.get(), scales_.get(), low16_.get(), sum32_.get()} {}
+        view_{columns, q_.get(), scales_.get(), low16_.get(), sum16_.get(), sum32_.get()} {}
 
   const Rounded& view() const { return view_; }
 
@@ -66,7 +67,7 @@ class RoundedRows {
   std::unique_ptr<int8_t[]> q_;
   std::unique_ptr<float[]> scales_;
   std::unique_ptr<int32_t[]> low16_;
-  std::unique_ptr<int16_t[]> sum32_;
+  std::unique_ptr<int16_t[]> sum16_, sum32_;
   Rounded view_;
 };
 
