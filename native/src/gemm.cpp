@@ -370,30 +370,52 @@ void panel(const Panels& w, int64_t number, const Rounded& a, const int32_t* row
 
 constexpr float kSmallest = 1e-30f;  // below it the reciprocal is not finite; the block counts as zeros
 
-// The nearest integer, ties to even, of a number below 2^22: the sum has no bits left for a fraction.
-inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
+inline int32_t bits_of(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 
+inline int32_t sum_of_16(const int8_t* q) {
+#ifdef MIXTRAL_X86
+  const __m128i above = _mm_xor_si128(_mm_loadu_si128((const __m128i*)q), _mm_set1_epi8(-128));  // q + 128
+  const __m128i sums = _mm_sad_epu8(above, _mm_setzero_si128());
+  return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_srli_si128(sums, 8))) - 16 * 128;
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += q[i];
+  return sum;
+#endif
+}
+
+// Simple loops, which the compiler turns into vector code.
 void round(const float* values, int count, const Rounded& to, int64_t row, int64_t block) {
   const int64_t at = row * to.columns + block * kBlock;
-  float largest = 0.0f;
-  bool finite = true;
+  // As integers, sizes are in the same order, and infinity and NaN above all others.
+  int32_t size = 0;
   for (int i = 0; i < count; ++i) {
-    const float size = __builtin_fabsf(values[i]);
-    finite &= size <= 3.4028234663852886e38f;
-    largest = size > largest ? size : largest;
+    const int32_t bits = bits_of(values[i]) & 0x7FFFFFFF;
+    size = bits > size ? bits : size;
   }
-  const bool something = finite && largest >= kSmallest;
-  const float inverse = something ? 127.0f / largest : 0.0f;
+  float largest;
+  __builtin_memcpy(&largest, &size, sizeof largest);
+  const bool finite = size < 0x7F800000, something = finite && largest >= kSmallest;
   to.scales[row * to.blocks() + block] = finite ? (something ? largest / 127.0f : 0.0f) : __builtin_nanf("");
   int8_t* q = to.q + at;
-  for (int i = 0; i < count; ++i) q[i] = something ? static_cast<int8_t>(static_cast<int>(nearest(values[i] * inverse))) : 0;
+  if (something) {
+    const float inverse = 127.0f / largest;
+    // The nearest integer, ties to even: a sum of this size has no bits left for a fraction, and its last byte is it.
+    for (int i = 0; i < count; ++i) q[i] = static_cast<int8_t>(bits_of(values[i] * inverse + 12582912.0f));
+  } else {
+    for (int i = 0; i < count; ++i) q[i] = 0;
+  }
   for (int g = 0; g < count / 16; ++g) {
-    int32_t sum = 0;
-    for (int i = 0; i < 16; ++i) sum += q[g * 16 + i];
+    const int32_t sum = sum_of_16(q + 16 * g);
     to.low16[at / 16 + g] = -32 * sum;
     to.sum16[at / 16 + g] = static_cast<int16_t>(sum);
-    int16_t& pair = to.sum32[(at / 16 + g) / 2];
-    pair = static_cast<int16_t>(g % 2 ? pair + sum : sum);
+  }
+  for (int g = 0; g < count / kGroup; ++g) {
+    to.sum32[at / kGroup + g] = static_cast<int16_t>(to.sum16[at / 16 + 2 * g] + to.sum16[at / 16 + 2 * g + 1]);
   }
 }
 
