@@ -20,7 +20,7 @@ class PackedMatrix : public Matrix {
 
   // Sizes that the kernels can work with, without data.
   static mixtral::Panels shape(int kind, int64_t rows, int64_t columns, int64_t group) {
-    require(kind >= 0 && kind <= 4, "kind must be 0 to 4");
+    require(kind >= 0 && kind <= 6, "kind must be 0 to 6");
     constexpr int64_t kMost = int64_t{1} << 31;
     require(rows > 0 && columns > 0 && rows < kMost && columns < kMost, "sizes out of range");
     if (static_cast<mixtral::Kind>(kind) >= mixtral::Kind::g4) {
@@ -58,9 +58,7 @@ class PackedMatrix : public Matrix {
  private:
   void check_blocks(const ByteRows& blocks) const {
     require(panels_.kind < mixtral::Kind::g4, "these weights are groups, not blocks");
-    constexpr int64_t kBytes[] = {144, 176, 210};
-    const int64_t bytes = panels_.columns / mixtral::kBlock * kBytes[static_cast<int>(panels_.kind)];
-    require_shape(blocks, "blocks", panels_.rows, bytes);
+    require_shape(blocks, "blocks", panels_.rows, panels_.columns / mixtral::kBlock * mixtral::block_bytes_of(panels_.kind));
   }
 
   void check_groups(const ByteRows& codes, const HalfRows& scales, const ByteRows& zeros) const {

@@ -42,11 +42,12 @@ class Activations {
       q_ = make<int8_t>(rows * columns);
       scales_ = make<float>(rows * ((columns + kBlock - 1) / kBlock));
       low16_ = make<int32_t>(rows * columns / 16);
+      sum16_ = make<int16_t>(rows * columns / 16);
       sum32_ = make<int16_t>(rows * columns / 32);
     }
     if (forms.bf16) bf16_ = make<uint16_t>(rows * padded);
     if (forms.f32) f32_ = make<float>(rows * padded);
-    rounded_ = {columns, q_.get(), scales_.get(), low16_.get(), sum32_.get()};
+    rounded_ = {columns, q_.get(), scales_.get(), low16_.get(), sum16_.get(), sum32_.get()};
     plain_ = {padded, bf16_.get(), f32_.get()};
   }
 
@@ -95,7 +96,7 @@ class Activations {
   std::unique_ptr<int8_t[]> q_;
   std::unique_ptr<float[]> scales_, f32_;
   std::unique_ptr<int32_t[]> low16_;
-  std::unique_ptr<int16_t[]> sum32_;
+  std::unique_ptr<int16_t[]> sum16_, sum32_;
   std::unique_ptr<uint16_t[]> bf16_;
   Rounded rounded_;
   Plain plain_;

@@ -35,6 +35,7 @@ inline T load(const void* from) {
 
 inline Ints all(int32_t value) { return value - Ints{}; }
 inline Floats all(float value) { return value - Floats{}; }
+inline Bytes bytes(uint8_t value) { return value - Bytes{}; }
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
 #if defined(MIXTRAL_X86) && MIXTRAL_LANES == 16
@@ -61,10 +62,11 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   return (Ints)total;
 }
 
-// sum + low pairs (u8 [lanes, 2]) times a pair of sums.
-inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
-  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)lows));
-  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, pairs, _mm512_set1_epi32(sums));
+// Pairs of bytes (u8 [lanes, 2]) as pairs of words.
+inline Words pairs(const uint8_t* from) { return (Words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
+// sum + pairs of words times one pair.
+inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, _mm512_set1_epi32(by));
 }
 
 #elif defined(MIXTRAL_X86) && defined(__AVX2__)
@@ -99,9 +101,9 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   return (Ints)total;
 }
 
-inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
-  const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)lows));
-  return (Ints)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16(pairs, _mm256_set1_epi32(sums)));
+inline Words pairs(const uint8_t* from) { return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)); }
+inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
+  return (Ints)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi32(by)));
 }
 
 #else
@@ -139,9 +141,15 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   return sum;
 }
 
-inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
-  const int32_t first = static_cast<int16_t>(sums & 0xFFFF), second = sums >> 16;
-  for (int n = 0; n < kLanes; ++n) sum[n] += lows[2 * n] * first + lows[2 * n + 1] * second;
+inline Words pairs(const uint8_t* from) {
+  Words wide{};
+  for (int n = 0; n < 2 * kLanes; ++n) wide[n] = from[n];
+  return wide;
+}
+
+inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
+  const int32_t first = static_cast<int16_t>(by & 0xFFFF), second = by >> 16;
+  for (int n = 0; n < kLanes; ++n) sum[n] += pairs[2 * n] * first + pairs[2 * n + 1] * second;
   return sum;
 }
 
@@ -149,8 +157,13 @@ inline Ints add_lows(Ints sum, const uint8_t* lows, int32_t sums) {
 
 // --- quants of a group of 32 columns ---------------------------------------------------------------------------------
 
+// Bits of a quant, and whether 16 columns share a scale.
 template <Kind K>
 constexpr int kBits = K == Kind::q5_k ? 5 : K == Kind::q6_k ? 6 : K == Kind::g8 ? 8 : 4;
+template <Kind K>
+constexpr bool kSixteen = K == Kind::q2_k || K == Kind::q3_k || K == Kind::q6_k;
+template <Kind K>
+constexpr bool kMinimums = K == Kind::q2_k || K == Kind::q4_k || K == Kind::q5_k;
 
 inline Bytes shifted(Bytes v, int right) {
   return right >= 0 ? (Bytes)((Words)v >> static_cast<uint16_t>(right)) : (Bytes)((Words)v << static_cast<uint16_t>(-right));
@@ -163,19 +176,29 @@ inline void unpack(const uint8_t* from, Bytes* v) {
     for (int j = 0; j < 8; ++j) v[j] = load<Bytes>(from + 64 * j);
     return;
   }
-  const Bytes low = (Bytes)((Words{}) + static_cast<uint16_t>(0x0F0F));
+  if constexpr (K == Kind::q2_k) {
+    for (int j = 0; j < 8; ++j) v[j] = shifted(load<Bytes>(from + j / 4 * 64), 2 * (j % 4)) & bytes(3);
+    return;
+  }
+  if constexpr (K == Kind::q3_k) {
+    const Bytes last = load<Bytes>(from + 128);
+    for (int j = 0; j < 6; ++j) v[j] = shifted(load<Bytes>(from + j / 2 * 64), 3 * (j % 2)) & bytes(7);
+    for (int j = 0; j < 2; ++j) {
+      v[6 + j] = (shifted(load<Bytes>(from + j * 64), 6) & bytes(3)) | (shifted(last, 4 + j) & bytes(4));
+    }
+    return;
+  }
   for (int j = 0; j < 4; ++j) {
     const Bytes both = load<Bytes>(from + 64 * j);
-    v[2 * j] = both & low;
-    v[2 * j + 1] = shifted(both, 4) & low;
+    v[2 * j] = both & bytes(15);
+    v[2 * j + 1] = shifted(both, 4) & bytes(15);
   }
   if constexpr (K == Kind::q5_k) {
-    const Bytes high = load<Bytes>(from + 256), bit = (Bytes)((Words{}) + static_cast<uint16_t>(0x1010));
-    for (int j = 0; j < 8; ++j) v[j] |= shifted(high, j - 4) & bit;
+    const Bytes high = load<Bytes>(from + 256);
+    for (int j = 0; j < 8; ++j) v[j] |= shifted(high, j - 4) & bytes(16);
   }
   if constexpr (K == Kind::q6_k) {
-    const Bytes pair = (Bytes)((Words{}) + static_cast<uint16_t>(0x3030));
-    for (int j = 0; j < 8; ++j) v[j] |= shifted(load<Bytes>(from + 256 + j / 4 * 64), 2 * (j % 4) - 4) & pair;
+    for (int j = 0; j < 8; ++j) v[j] |= shifted(load<Bytes>(from + 256 + j / 4 * 64), 2 * (j % 4) - 4) & bytes(48);
   }
 }
 
@@ -190,6 +213,7 @@ struct Work {
   const int8_t* q[M];
   const float* steps[M];
   const int32_t* low16[M];
+  const int16_t* sum16[M];
   const int16_t* sum32[M];
 
   Work(const Panels& w, int64_t panel, int half_, const Rounded& a, const int32_t* rows)
@@ -199,28 +223,57 @@ struct Work {
       q[m] = a.q + first;
       steps[m] = a.scales + rows[m] * a.blocks();
       low16[m] = a.low16 + first / 16;
+      sum16[m] = a.sum16 + first / 16;
       sum32[m] = a.sum32 + first / kGroup;
     }
   }
 };
 
+// What the quants of 16 columns (number `i` of the row) start from: minus their zero times the activations.
+template <Kind K, int M>
+inline Ints start(const Work<M>& work, int m, int64_t i) {
+  if constexpr (K == Kind::q6_k) return all(work.low16[m][i]);
+  if constexpr (K == Kind::q3_k) return all(work.low16[m][i]) >> 3;
+  return Ints{};
+}
+
+// Scales of the two halves of group `g` of a block; in Q2_K also their minimums, as pairs.
+template <Kind K>
+inline void half_scales(const uint8_t* run, int half, int g, Ints& first, Ints& second, Words& minimums) {
+  if constexpr (K == Kind::q6_k) {
+    first = widen_signed(run + 2 * g * kPanel + half * kLanes);
+    second = widen_signed(run + (2 * g + 1) * kPanel + half * kLanes);
+    return;
+  }
+  const Words both = pairs(run + g * 2 * kPanel + half * 2 * kLanes);
+  if constexpr (K == Kind::q2_k) {
+    minimums = both >> 4;
+    first = (Ints)both & 15;
+    second = ((Ints)both >> 16) & 15;
+  } else {
+    first = (Ints)both << 24 >> 24;
+    second = (Ints)both << 8 >> 24;
+  }
+}
+
 template <Kind K, int M>
 inline void super_blocks(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
-  constexpr int64_t kQuants = K == Kind::q4_k ? 256 : K == Kind::q5_k ? 320 : 384, kScales = K == Kind::q6_k ? 288 : 320;
   const int64_t blocks = w.columns / kBlock;
   for (int64_t b = 0; b < blocks; ++b) {
-    const uint8_t* run = work.scales + b * kScales;
-    Ints sums[M] = {};
+    const uint8_t* run = work.scales + b * scale_bytes_of(K);
+    Ints sums[M] = {}, lows[M] = {};
     for (int64_t g = b * 8; g < b * 8 + 8; ++g) {
       Bytes v[8];
-      unpack<K>(work.quants + g * kQuants, v);
-      if constexpr (K == Kind::q6_k) {
-        const Ints first = widen_signed(run + 2 * (g - b * 8) * kPanel + work.half * kLanes);
-        const Ints second = widen_signed(run + (2 * (g - b * 8) + 1) * kPanel + work.half * kLanes);
+      unpack<K>(work.quants + g * quant_bytes_of(K), v);
+      if constexpr (kSixteen<K>) {
+        Ints first, second;
+        Words minimums;
+        half_scales<K>(run, work.half, static_cast<int>(g - b * 8), first, second, minimums);
         UNROLL for (int m = 0; m < M; ++m) {
           const int8_t* x = work.q[m] + g * kGroup;
-          sums[m] += dot<4, 6>(all(work.low16[m][2 * g]), v, x) * first;
-          sums[m] += dot<4, 6>(all(work.low16[m][2 * g + 1]), v + 4, x + 16) * second;
+          sums[m] += dot<4, kBits<K>>(start<K>(work, m, 2 * g), v, x) * first;
+          sums[m] += dot<4, kBits<K>>(start<K>(work, m, 2 * g + 1), v + 4, x + 16) * second;
+          if constexpr (K == Kind::q2_k) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(work.sum16[m] + 2 * g));
         }
       } else {
         const Ints scale = widen(run + (g - b * 8) * kPanel + work.half * kLanes);
@@ -230,19 +283,20 @@ inline void super_blocks(const Panels& w, const Work<M>& work, Floats (&total)[M
       }
     }
     const Floats d = halves(run + 256 + work.half * 2 * kLanes);
-    if constexpr (K == Kind::q6_k) {
+    if constexpr (!kMinimums<K>) {
       UNROLL for (int m = 0; m < M; ++m) total[m] = fma(to_floats(sums[m]), d * all(work.steps[m][b]), total[m]);
     } else {
       const Floats dmin = halves(run + 288 + work.half * 2 * kLanes);
       UNROLL for (int m = 0; m < M; ++m) {
-        Ints lows{};
-        UNROLL for (int j = 0; j < 4; ++j) {
-          const int32_t pair = load<int32_t>(work.sum32[m] + b * 8 + 2 * j);
-          lows = add_lows(lows, run + 128 + j * 2 * kPanel + work.half * 2 * kLanes, pair);
+        if constexpr (!kSixteen<K>) {
+          UNROLL for (int j = 0; j < 4; ++j) {
+            const int32_t pair = load<int32_t>(work.sum32[m] + b * 8 + 2 * j);
+            lows[m] = add_pairs(lows[m], pairs(run + 128 + j * 2 * kPanel + work.half * 2 * kLanes), pair);
+          }
         }
         const Floats step = all(work.steps[m][b]);
         total[m] = fma(to_floats(sums[m]), d * step, total[m]);
-        total[m] = fma(to_floats(lows), -(dmin * step), total[m]);
+        total[m] = fma(to_floats(lows[m]), -(dmin * step), total[m]);
       }
     }
   }
@@ -250,7 +304,6 @@ inline void super_blocks(const Panels& w, const Work<M>& work, Floats (&total)[M
 
 template <Kind K, int M>
 inline void groups(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
-  constexpr int64_t kQuants = K == Kind::g8 ? 512 : 256;
   const int64_t parts = w.group / kGroup;
   for (int64_t g = 0; g < w.columns / w.group; ++g) {
     const uint8_t* run = work.scales + g * 48;
@@ -258,7 +311,7 @@ inline void groups(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
     Ints sums[M] = {};
     for (int64_t i = g * parts; i < g * parts + parts; ++i) {
       Bytes v[8];
-      unpack<K>(work.quants + i * kQuants, v);
+      unpack<K>(work.quants + i * quant_bytes_of(K), v);
       UNROLL for (int m = 0; m < M; ++m) {
         sums[m] += dot<8, kBits<K>>(Ints{}, v, work.q[m] + i * kGroup) - zero * static_cast<int32_t>(work.sum32[m][i]);
       }
@@ -297,6 +350,10 @@ void all_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* r
 void panel(const Panels& w, int64_t number, const Rounded& a, const int32_t* rows, int64_t count, float* out,
            int64_t stride) {
   switch (w.kind) {
+    case Kind::q2_k:
+      return all_rows<Kind::q2_k>(w, number, a, rows, count, out, stride);
+    case Kind::q3_k:
+      return all_rows<Kind::q3_k>(w, number, a, rows, count, out, stride);
     case Kind::q4_k:
       return all_rows<Kind::q4_k>(w, number, a, rows, count, out, stride);
     case Kind::q5_k:
@@ -314,29 +371,52 @@ void panel(const Panels& w, int64_t number, const Rounded& a, const int32_t* row
 
 constexpr float kSmallest = 1e-30f;  // below it the reciprocal is not finite; the block counts as zeros
 
-// The nearest integer, ties to even, of a number below 2^22: the sum has no bits left for a fraction.
-inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
+inline int32_t bits_of(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 
+inline int32_t sum_of_16(const int8_t* q) {
+#ifdef MIXTRAL_X86
+  const __m128i above = _mm_xor_si128(_mm_loadu_si128((const __m128i*)q), _mm_set1_epi8(-128));  // q + 128
+  const __m128i sums = _mm_sad_epu8(above, _mm_setzero_si128());
+  return _mm_cvtsi128_si32(_mm_add_epi32(sums, _mm_srli_si128(sums, 8))) - 16 * 128;
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += q[i];
+  return sum;
+#endif
+}
+
+// Simple loops, which the compiler turns into vector code.
 void round(const float* values, int count, const Rounded& to, int64_t row, int64_t block) {
   const int64_t at = row * to.columns + block * kBlock;
-  float largest = 0.0f;
-  bool finite = true;
+  // As integers, sizes are in the same order, and infinity and NaN above all others.
+  int32_t size = 0;
   for (int i = 0; i < count; ++i) {
-    const float size = __builtin_fabsf(values[i]);
-    finite &= size <= 3.4028234663852886e38f;
-    largest = size > largest ? size : largest;
+    const int32_t bits = bits_of(values[i]) & 0x7FFFFFFF;
+    size = bits > size ? bits : size;
   }
-  const bool something = finite && largest >= kSmallest;
-  const float inverse = something ? 127.0f / largest : 0.0f;
+  float largest;
+  __builtin_memcpy(&largest, &size, sizeof largest);
+  const bool finite = size < 0x7F800000, something = finite && largest >= kSmallest;
   to.scales[row * to.blocks() + block] = finite ? (something ? largest / 127.0f : 0.0f) : __builtin_nanf("");
   int8_t* q = to.q + at;
-  for (int i = 0; i < count; ++i) q[i] = something ? static_cast<int8_t>(static_cast<int>(nearest(values[i] * inverse))) : 0;
+  if (something) {
+    const float inverse = 127.0f / largest;
+    // The nearest integer, ties to even: a sum of this size has no bits left for a fraction, and its last byte is it.
+    for (int i = 0; i < count; ++i) q[i] = static_cast<int8_t>(bits_of(values[i] * inverse + 12582912.0f));
+  } else {
+    for (int i = 0; i < count; ++i) q[i] = 0;
+  }
   for (int g = 0; g < count / 16; ++g) {
-    int32_t sum = 0;
-    for (int i = 0; i < 16; ++i) sum += q[g * 16 + i];
+    const int32_t sum = sum_of_16(q + 16 * g);
     to.low16[at / 16 + g] = -32 * sum;
-    int16_t& pair = to.sum32[(at / 16 + g) / 2];
-    pair = static_cast<int16_t>(g % 2 ? pair + sum : sum);
+    to.sum16[at / 16 + g] = static_cast<int16_t>(sum);
+  }
+  for (int g = 0; g < count / kGroup; ++g) {
+    to.sum32[at / kGroup + g] = static_cast<int16_t>(to.sum16[at / 16 + 2 * g] + to.sum16[at / 16 + 2 * g + 1]);
   }
 }
 

@@ -12,7 +12,7 @@ namespace {
 constexpr int kWords = kGroup / 4;
 using Group = uint32_t[kPanel][kWords];
 
-constexpr uint32_t kNibbles = 0x0F0F0F0F, kPairs = 0x03030303, kBits = 0x01010101;
+constexpr uint32_t kNibbles = 0x0F0F0F0F, kTriples = 0x07070707, kPairs = 0x03030303, kBits = 0x01010101;
 
 inline uint32_t word_at(const uint8_t* from) {
   uint32_t word;
@@ -22,41 +22,71 @@ inline uint32_t word_at(const uint8_t* from) {
 
 inline void set_word(uint8_t* to, uint32_t word) { std::memcpy(to, &word, sizeof word); }
 
-// Words of the quant plane lie vector by vector, one word for each row.
-void put_quants(Kind kind, const Group& q, uint8_t* out) {
-  for (int n = 0; n < kPanel; ++n) {
-    uint32_t high[2] = {0, 0};
-    for (int j = 0; j < kWords; ++j) {
-      if (kind == Kind::g8) {
-        set_word(out + 64 * j + 4 * n, q[n][j]);
-        continue;
+// One row's word of each vector of a group's quant plane.
+void put_row(Kind kind, const uint32_t* q, uint32_t* words) {
+  switch (kind) {
+    case Kind::q2_k:
+      for (int j = 0; j < kWords; ++j) words[j / 4] |= q[j] << (2 * (j % 4));
+      return;
+    case Kind::q3_k:
+      for (int i = 0; i < 3; ++i) words[i] = q[2 * i] | q[2 * i + 1] << 3;
+      for (int i = 0; i < 2; ++i) {
+        words[i] |= (q[6 + i] & kPairs) << 6;
+        words[2] |= (q[6 + i] >> 2 & kBits) << (6 + i);
       }
-      if (j % 2) set_word(out + 32 * (j - 1) + 4 * n, (q[n][j - 1] & kNibbles) | (q[n][j] & kNibbles) << 4);
-      if (kind == Kind::q5_k) high[0] |= (q[n][j] >> 4 & kBits) << j;
-      if (kind == Kind::q6_k) high[j / 4] |= (q[n][j] >> 4 & kPairs) << (2 * (j % 4));
-    }
-    if (kind == Kind::q5_k || kind == Kind::q6_k) set_word(out + 256 + 4 * n, high[0]);
-    if (kind == Kind::q6_k) set_word(out + 320 + 4 * n, high[1]);
+      return;
+    case Kind::g8:
+      std::copy_n(q, kWords, words);
+      return;
+    default:
+      for (int j = 0; j < kWords; ++j) words[j / 2] |= (q[j] & kNibbles) << (4 * (j % 2));
+  }
+  for (int j = 0; j < kWords; ++j) {
+    if (kind == Kind::q5_k) words[4] |= (q[j] >> 4 & kBits) << j;
+    if (kind == Kind::q6_k) words[4 + j / 4] |= (q[j] >> 4 & kPairs) << (2 * (j % 4));
+  }
+}
+
+void take_row(Kind kind, const uint32_t* words, uint32_t* q) {
+  switch (kind) {
+    case Kind::q2_k:
+      for (int j = 0; j < kWords; ++j) q[j] = words[j / 4] >> (2 * (j % 4)) & kPairs;
+      return;
+    case Kind::q3_k:
+      for (int j = 0; j < 6; ++j) q[j] = words[j / 2] >> (3 * (j % 2)) & kTriples;
+      for (int i = 0; i < 2; ++i) q[6 + i] = (words[i] >> 6 & kPairs) | (words[2] >> (6 + i) & kBits) << 2;
+      return;
+    case Kind::g8:
+      std::copy_n(words, kWords, q);
+      return;
+    default:
+      for (int j = 0; j < kWords; ++j) q[j] = words[j / 2] >> (4 * (j % 2)) & kNibbles;
+  }
+  for (int j = 0; j < kWords; ++j) {
+    if (kind == Kind::q5_k) q[j] |= (words[4] >> j & kBits) << 4;
+    if (kind == Kind::q6_k) q[j] |= (words[4 + j / 4] >> (2 * (j % 4)) & kPairs) << 4;
+  }
+}
+
+void put_quants(Kind kind, const Group& q, uint8_t* out) {
+  const int vectors = static_cast<int>(quant_bytes_of(kind) / 64);
+  for (int n = 0; n < kPanel; ++n) {
+    uint32_t words[kWords] = {};
+    put_row(kind, q[n], words);
+    for (int j = 0; j < vectors; ++j) set_word(out + 64 * j + 4 * n, words[j]);
   }
 }
 
 void take_quants(Kind kind, const uint8_t* in, Group& q) {
+  const int vectors = static_cast<int>(quant_bytes_of(kind) / 64);
   for (int n = 0; n < kPanel; ++n) {
-    for (int j = 0; j < kWords; ++j) {
-      if (kind == Kind::g8) {
-        q[n][j] = word_at(in + 64 * j + 4 * n);
-        continue;
-      }
-      q[n][j] = word_at(in + 64 * (j / 2) + 4 * n) >> (4 * (j % 2)) & kNibbles;
-      if (kind == Kind::q5_k) q[n][j] |= (word_at(in + 256 + 4 * n) >> j & kBits) << 4;
-      if (kind == Kind::q6_k) q[n][j] |= (word_at(in + 256 + 64 * (j / 4) + 4 * n) >> (2 * (j % 4)) & kPairs) << 4;
-    }
+    uint32_t words[kWords] = {};
+    for (int j = 0; j < vectors; ++j) words[j] = word_at(in + 64 * j + 4 * n);
+    take_row(kind, words, q[n]);
   }
 }
 
 // --- GGML super-blocks of 256 values ---------------------------------------------------------------------------------
-
-int64_t block_bytes(Kind kind) { return kind == Kind::q4_k ? 144 : kind == Kind::q5_k ? 176 : 210; }
 
 // The eight pairs of 6-bit numbers in the 12 bytes of Q4_K and Q5_K.
 void take_six_bit_pairs(const uint8_t* in, uint8_t* scales, uint8_t* lows) {
@@ -76,9 +106,31 @@ void put_six_bit_pairs(const uint8_t* scales, const uint8_t* lows, uint8_t* out)
   }
 }
 
+// The sixteen 6-bit scales of Q3_K, as signed bytes.
+void take_signed_scales(const uint8_t* in, uint8_t* scales) {
+  for (int s = 0; s < 16; ++s) {
+    const int low = in[s % 8] >> (s / 8 * 4) & 15, high = in[8 + s % 4] >> (s / 4 * 2) & 3;
+    scales[s] = static_cast<uint8_t>((low | high << 4) - 32);
+  }
+}
+
+void put_signed_scales(const uint8_t* scales, uint8_t* out) {
+  for (int s = 0; s < 16; ++s) {
+    const int code = scales[s] + 32;
+    out[s % 8] |= static_cast<uint8_t>((code & 15) << (s / 8 * 4));
+    out[8 + s % 4] |= static_cast<uint8_t>((code >> 4 & 3) << (s / 4 * 2));
+  }
+}
+
 // The quants of group `g` (32 columns) of a block, four to a word.
 void take_block_quants(Kind kind, const uint8_t* block, int g, uint32_t* q) {
   for (int j = 0; j < kWords; ++j) {
+    if (kind == Kind::q2_k || kind == Kind::q3_k) {
+      const int low = kind == Kind::q2_k ? 16 : 32;
+      q[j] = word_at(block + low + g / 4 * 32 + 4 * j) >> (2 * (g % 4)) & kPairs;
+      if (kind == Kind::q3_k) q[j] |= (word_at(block + 4 * j) >> g & kBits) << 2;
+      continue;
+    }
     if (kind == Kind::q6_k) {
       const int part = g % 4;
       const uint32_t low = word_at(block + g / 4 * 64 + part % 2 * 32 + 4 * j) >> (part / 2 * 4) & kNibbles;
@@ -94,6 +146,11 @@ inline void add_word(uint8_t* to, uint32_t bits) { set_word(to, word_at(to) | bi
 
 void put_block_quants(Kind kind, const uint32_t* q, int g, uint8_t* block) {
   for (int j = 0; j < kWords; ++j) {
+    if (kind == Kind::q2_k || kind == Kind::q3_k) {
+      add_word(block + (kind == Kind::q2_k ? 16 : 32) + g / 4 * 32 + 4 * j, (q[j] & kPairs) << (2 * (g % 4)));
+      if (kind == Kind::q3_k) add_word(block + 4 * j, (q[j] >> 2 & kBits) << g);
+      continue;
+    }
     const uint32_t low = q[j] & kNibbles, high = q[j] >> 4 & kNibbles;
     if (kind == Kind::q6_k) {
       const int part = g % 4;
@@ -106,8 +163,24 @@ void put_block_quants(Kind kind, const uint32_t* q, int g, uint8_t* block) {
   }
 }
 
+// Where lane `lane` of a run of pairs keeps number `s`.
+inline int pair_at(int s, int lane) { return s / 2 * 32 + lane * 2 + s % 2; }
+
 // Scales of one row's block to its lane of a run of scales, and back.
 void put_block_scales(Kind kind, const uint8_t* block, uint8_t* run, int lane) {
+  if (kind == Kind::q2_k) {
+    for (int s = 0; s < 16; ++s) run[pair_at(s, lane)] = block[s];
+    std::memcpy(run + 256 + 2 * lane, block + 80, 2);
+    std::memcpy(run + 288 + 2 * lane, block + 82, 2);
+    return;
+  }
+  if (kind == Kind::q3_k) {
+    uint8_t scales[16];
+    take_signed_scales(block + 96, scales);
+    for (int s = 0; s < 16; ++s) run[pair_at(s, lane)] = scales[s];
+    std::memcpy(run + 256 + 2 * lane, block + 108, 2);
+    return;
+  }
   if (kind == Kind::q6_k) {
     for (int s = 0; s < 16; ++s) run[s * kPanel + lane] = block[192 + s];
     std::memcpy(run + 256 + 2 * lane, block + 208, 2);
@@ -117,13 +190,26 @@ void put_block_scales(Kind kind, const uint8_t* block, uint8_t* run, int lane) {
   take_six_bit_pairs(block + 4, scales, lows);
   for (int s = 0; s < 8; ++s) {
     run[s * kPanel + lane] = scales[s];
-    run[128 + s / 2 * 32 + lane * 2 + s % 2] = lows[s];
+    run[128 + pair_at(s, lane)] = lows[s];
   }
   std::memcpy(run + 256 + 2 * lane, block, 2);
   std::memcpy(run + 288 + 2 * lane, block + 2, 2);
 }
 
 void take_block_scales(Kind kind, const uint8_t* run, int lane, uint8_t* block) {
+  if (kind == Kind::q2_k) {
+    for (int s = 0; s < 16; ++s) block[s] = run[pair_at(s, lane)];
+    std::memcpy(block + 80, run + 256 + 2 * lane, 2);
+    std::memcpy(block + 82, run + 288 + 2 * lane, 2);
+    return;
+  }
+  if (kind == Kind::q3_k) {
+    uint8_t scales[16];
+    for (int s = 0; s < 16; ++s) scales[s] = run[pair_at(s, lane)];
+    put_signed_scales(scales, block + 96);
+    std::memcpy(block + 108, run + 256 + 2 * lane, 2);
+    return;
+  }
   if (kind == Kind::q6_k) {
     for (int s = 0; s < 16; ++s) block[192 + s] = run[s * kPanel + lane];
     std::memcpy(block + 208, run + 256 + 2 * lane, 2);
@@ -132,7 +218,7 @@ void take_block_scales(Kind kind, const uint8_t* run, int lane, uint8_t* block) 
   uint8_t scales[8], lows[8];
   for (int s = 0; s < 8; ++s) {
     scales[s] = run[s * kPanel + lane];
-    lows[s] = run[128 + s / 2 * 32 + lane * 2 + s % 2];
+    lows[s] = run[128 + pair_at(s, lane)];
   }
   put_six_bit_pairs(scales, lows, block + 4);
   std::memcpy(block, run + 256 + 2 * lane, 2);
@@ -142,7 +228,7 @@ void take_block_scales(Kind kind, const uint8_t* run, int lane, uint8_t* block) 
 }  // namespace
 
 void pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int threads) {
-  const int64_t size = block_bytes(shape.kind), per_row = shape.columns / kBlock;
+  const int64_t size = block_bytes_of(shape.kind), per_row = shape.columns / kBlock;
   parallel(shape.count(), threads, [&](int64_t panel) {
     uint8_t* quants = out + panel * shape.panel_bytes();
     uint8_t* scales = quants + shape.quant_bytes();
@@ -162,7 +248,7 @@ void pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int t
 }
 
 void unpack_blocks(const Panels& panels, uint8_t* blocks, int threads) {
-  const int64_t size = block_bytes(panels.kind), per_row = panels.columns / kBlock;
+  const int64_t size = block_bytes_of(panels.kind), per_row = panels.columns / kBlock;
   parallel(panels.count(), threads, [&](int64_t panel) {
     const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
     for (int64_t b = 0; b < per_row; ++b) {

@@ -56,7 +56,7 @@ def test_operations_take_the_time_that_is_said() -> None:
         (lambda native: native.read_speed(np.ones(256, np.uint8), 1, float("nan")), "seconds must be 0 to 60"),
         (lambda native: native.peak_speed("int8", 1, -1.0), "seconds must be 0 to 60"),
         (lambda native: native.peak_speed("int4", 1, 0.0), "kind must be int8, fp32 or bf16"),
-        (lambda native: native.peak_speed("int8", 1, 0.0, "avx10"), "does not run 'avx10'"),
+        (lambda native: native.peak_speed("int8", 1, 0.0, "avx10"), "does not run the kernels 'avx10'"),
     ],
 )
 def test_wrong_arguments_are_refused(call: object, told: str) -> None:

@@ -15,13 +15,15 @@ from mixtral import ops
 from mixtral.ops import native
 from mixtral.ops.native import kernel_levels, module
 from mixtral.quant.encode import encode_rows
+from mixtral.quant.formats import FORMATS as FORMATS_OF_FILES
 from mixtral.quant.modules import PackedExperts, PackedLinear
 from mixtral.quant.packed import Blocks, Groups, Packed
 from mixtral.quant.panels import Panels, to_panels
 from mixtral.quant.rtn import IntForm, encode_groups
 
-FORMATS = ["Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q8_0", "INT4_G64", "INT4_G128_ZEROS", "INT3_G32", "INT8_G512", "INT8_G32"]
-COUNTS = [*range(1, 10), 15, 16, 17, 31, 33, 64, 129]
+K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+FORMATS = [*K_QUANTS, "Q4_0", "Q8_0", "INT4_G64", "INT4_G128_ZEROS", "INT3_G32", "INT8_G512", "INT8_G32"]
+COUNTS = [*range(1, 10), 15, 16, 17, 31, 32, 33, 64, 129, 500]
 
 
 def values(rows: int, columns: int, seed: int = 0, scale: float = 0.05) -> torch.Tensor:
@@ -95,7 +97,7 @@ def test_products(name: str, level: str) -> None:
     source = packed(name)
     matrix = panels(source)
     weights = source.decode(torch.float64).numpy()
-    x = values(129, 512, seed=1, scale=1.0)
+    x = values(max(COUNTS), 512, seed=1, scale=1.0)
     x[3, 7] = 300.0  # an outlier spoils its own block of its own row only
     x[5] = 0.0
     x[6] *= 1e-20
@@ -110,12 +112,65 @@ def test_products(name: str, level: str) -> None:
 def test_a_row_depends_on_nothing_but_itself(name: str) -> None:
     """The same bits alone and among others, on every instruction set and number of threads."""
     matrix = panels(packed(name))
-    x = values(129, 512, seed=2, scale=1.0)
-    expected = multiply(matrix, x, kernel_levels()[-1])
+    x = values(max(COUNTS), 512, seed=2, scale=1.0)
+    alone = torch.cat([multiply(matrix, x[row : row + 1], "", threads=1) for row in range(len(x))])
     for level in kernel_levels():
-        assert torch.equal(multiply(matrix, x, level, threads=3), expected)
-    for start, stop in ((0, 1), (5, 8), (17, 32), (64, 129)):
-        assert torch.equal(multiply(matrix, x[start:stop], "", threads=1), expected[start:stop])
+        for count in COUNTS:
+            assert torch.equal(multiply(matrix, x[:count], level, threads=3), alone[:count]), (level, count)
+    for start, stop in ((5, 8), (17, 32), (64, 129)):
+        assert torch.equal(multiply(matrix, x[start:stop], "", threads=1), alone[start:stop])
+
+
+def integer_weights(name: str, part: str, rng: np.random.Generator) -> Packed:
+    """Rows whose values are integers: the first all of the largest bits, the second of the smallest, others at random.
+
+    ``part`` is which float16 scale of a K-quant is 1, while the other one is 0.
+    """
+    if not name.endswith("K"):
+        bits = int(name[3])
+        codes = torch.from_numpy(rng.integers(0, 256, (20, 512 * bits // 8), dtype=np.uint8))
+        codes[0], codes[1] = 255, 0
+        ones = torch.ones((20, 512 // int(name.split("_")[1][1:]))).half()
+        zeros = torch.from_numpy(rng.integers(0, 1 << bits, ones.shape, dtype=np.uint8))
+        zeros[0], zeros[1] = 0, (1 << bits) - 1
+        return Groups(bits, codes, ones, zeros=zeros)
+    size = FORMATS_OF_FILES[name].bytes
+    data = torch.from_numpy(rng.integers(0, 256, (20, 2, size), dtype=np.uint8))
+    data[0], data[1] = 255, 0
+    if name in (
+        "Q3_K",
+        "Q6_K",
+    ):  # signed scales: the smallest and the largest, with the smallest and the largest quants
+        quants, scales = (
+            (data[:, :, :96], data[:, :, 96:108]) if name == "Q3_K" else (data[:, :, :192], data[:, :, 192:208])
+        )
+        for row, lowest in enumerate((True, True, False, False), 2):
+            quants[row] = 0 if row % 2 else 255
+            scales[row] = {"Q3_K": (255, 0), "Q6_K": (0x7F, 0x80)}[name][lowest]
+    at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[name]
+    for place, number in zip(at, (1.0, 0.0) if part == "scales" else (0.0, 1.0), strict=False):
+        data[:, :, place : place + 2] = torch.tensor([number]).half().view(torch.uint8)
+    return Blocks(name, data.view(20, 2 * size))
+
+
+@pytest.mark.parametrize("level", kernel_levels())
+@pytest.mark.parametrize("name", [*K_QUANTS, "INT3_G32", "INT4_G256", "INT8_G32", "INT8_G256"])
+def test_integers_are_exact(name: str, level: str) -> None:
+    """Activations that are integers already, up to the largest: no sum overflows or saturates on the way."""
+    rng = np.random.default_rng(7)
+    x = rng.integers(-127, 128, (20, 512)).astype(np.float32)
+    x[::3] = np.where(rng.random((7, 512)) < 0.5, -127, 127)
+    x[0], x[1] = 127, -127
+    x[:, ::256] = 127  # every block's scale is 1
+    for part in ("scales", "minimums") if name in ("Q2_K", "Q4_K", "Q5_K") else ("scales",):
+        source = integer_weights(name, part, rng)
+        weights = source.decode(torch.float64).numpy().astype(np.int64)
+        # As the kernels do: a float32 number for each block, and the sum of the two.
+        first, second = (x[:, k].astype(np.int64) @ weights[:, k].T for k in (slice(256), slice(256, 512)))
+        expected = first.astype(np.float32) + second.astype(np.float32)
+        for count in (1, 2, 4, 8, 20):
+            found = multiply(panels(source), torch.from_numpy(x[:count]), level).numpy()
+            assert np.array_equal(found, expected[:count]), (part, count)
 
 
 def test_close_to_the_product_with_the_weights_as_they_are() -> None:
@@ -133,17 +188,19 @@ def test_close_to_the_product_with_the_weights_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("level", kernel_levels())
-def test_numbers_that_are_not_finite_stay_in_their_row(level: str) -> None:
-    matrix = panels(packed("Q4_K"))
-    x = values(9, 512, seed=4, scale=1.0)
-    expected = multiply(matrix, x, level)
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        spoilt = x.clone()
-        spoilt[4, 300] = bad
-        found = multiply(matrix, spoilt, level)
-        assert bool(found[4].isnan().all())
-        rest = [i for i in range(9) if i != 4]
-        assert torch.equal(found[rest], expected[rest])
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_that_are_not_finite_stay_in_their_row(name: str, level: str) -> None:
+    matrix = panels(packed(name))
+    for rows in (9, 40):
+        x = values(rows, 512, seed=4, scale=1.0)
+        expected = multiply(matrix, x, level)
+        for bad in (float("nan"), float("inf"), -float("inf")):
+            spoilt = x.clone()
+            spoilt[4, 300] = bad
+            found = multiply(matrix, spoilt, level)
+            assert bool(found[4].isnan().all())
+            rest = [i for i in range(rows) if i != 4]
+            assert torch.equal(found[rest], expected[rest])
 
 
 def experts(name: str, count: int = 4, width: int = 256, hidden: int = 512) -> list[list[Packed]]:
@@ -165,7 +222,7 @@ PICKS = {
 
 
 @pytest.mark.parametrize("case", PICKS)
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "INT4_G128_ZEROS"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q8_0", "INT4_G128_ZEROS"])
 def test_experts(name: str, case: str) -> None:
     """Close to the decoded experts; the same bits for a token alone, on every level; every number is written."""
     source = experts(name)
@@ -214,7 +271,7 @@ def test_what_has_no_kernel_stays_as_it_is() -> None:
     assert to_panels(Groups(4, codes, scales)) is None
     assert to_panels(Groups(4, codes, scales.half(), order=mixed)) is None
     assert to_panels(Groups(4, codes, torch.rand(16, 8).half())) is None  # groups of 16
-    assert to_panels(Blocks("Q3_K", encode_rows(values(16, 256), "Q3_K"))) is None
+    assert to_panels(Blocks("Q4_1", encode_rows(values(16, 256), "Q4_1"))) is None
 
 
 def test_wrong_calls_are_refused() -> None:
@@ -233,7 +290,7 @@ def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ValueError, match="kind must be"):
         compiled.panel_bytes(9, 16, 256, 0)
     with pytest.raises(ValueError, match="whole groups"):
-        compiled.panel_bytes(3, 16, 96, 64)
+        compiled.panel_bytes(5, 16, 96, 64)
     with pytest.raises(ValueError, match="data must have"):
         compiled.PackedMatrix(0, 16, 256, 0, np.zeros(9, np.uint8))
     layer = PackedExperts(*([panels(one) for one in part] for part in experts("Q4_K")))

@@ -11,13 +11,14 @@
 
 namespace mixtral {
 
-// Rows of rounded activations: q [rows, columns], scales [rows, blocks], and sums of q over 16 columns (times -32, as
-// Q6_K needs them) and over 32 columns. A block with a number that is not finite has the scale NaN.
+// Rows of rounded activations: q [rows, columns], scales [rows, blocks], and sums of q over 16 columns (also times -32,
+// as Q6_K needs them) and over 32 columns. A block with a number that is not finite has the scale NaN.
 struct Rounded {
   int64_t columns;
   int8_t* q;
   float* scales;
   int32_t* low16;
+  int16_t* sum16;
   int16_t* sum32;
 
   int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }

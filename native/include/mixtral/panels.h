@@ -4,39 +4,54 @@
 // and, after it, a plane of scales. Quants come in groups of 32 columns as vectors of 64 bytes: byte 4n + i of vector j
 // belongs to row n and column 4j + i of the group. Of 4 bits, vectors 2j and 2j + 1 share one as low and high nibbles.
 //
-//   kind  quants of a group                                     scales of a block of 256 columns, or of a group
-//   q4_k  4 nibble vectors                                      8 scales u8, 4 pairs of lows u8, d and dmin f16: 320 bytes
-//   q5_k  4 nibble vectors, 1 whose bit j is bit 4 of vector j  as q4_k
-//   q6_k  4 nibble vectors, 2 whose bit pairs are bits 4 and 5  16 scales i8, d f16: 288 bytes
-//   g4    4 nibble vectors                                      scale f16, zero u8: 48 bytes, per `group` columns
-//   g8    8 vectors                                             as g4
+//   kind  quants of a group                                      scales of a block of 256 columns, or of a group
+//   q2_k  2 vectors, the bit pairs of the first are vectors 0-3   16 bytes (scale, and minimum * 16), d and dmin f16: 320 bytes
+//   q3_k  3 vectors of 3-bit fields: two in the low six bits of   16 scales i8, d f16: 288 bytes
+//         each; the top bits of the first and second are the low
+//         two bits of vectors 6 and 7, those of the third the rest
+//   q4_k  4 nibble vectors                                        8 scales u8, 8 minimums u8, d and dmin f16: 320 bytes
+//   q5_k  4 nibble vectors, 1 whose bit j is bit 4 of vector j    as q4_k
+//   q6_k  4 nibble vectors, 2 whose bit pairs are bits 4 and 5    16 scales i8, d f16: 288 bytes
+//   g4    4 nibble vectors                                        scale f16, zero u8: 48 bytes, per `group` columns
+//   g8    8 vectors                                               as g4
 //
-// Every scale is 16 lanes wide, one for each row. A value is (quant - zero) * scale, or scale * quant - low.
+// Every scale is 16 lanes wide, one for each row; the bytes of q2_k, the scales of q3_k and the minimums of q4_k and q5_k
+// are pairs, 2 * 16 lanes, of sub-blocks that follow each other. A value is (quant - zero) * scale, or scale * quant -
+// minimum; the zero of q3_k is 4 and that of q6_k is 32.
 #pragma once
 
 #include <cstdint>
 
 namespace mixtral {
 
-enum class Kind : int { q4_k = 0, q5_k = 1, q6_k = 2, g4 = 3, g8 = 4 };
+enum class Kind : int { q2_k = 0, q3_k = 1, q4_k = 2, q5_k = 3, q6_k = 4, g4 = 5, g8 = 6 };
 
 constexpr int kPanel = 16, kGroup = 32, kBlock = 256;
+
+// Bytes of 32 quants of 16 rows, and of a run of scales.
+constexpr int64_t quant_bytes_of(Kind kind) {
+  constexpr int kBytes[] = {128, 192, 256, 320, 384, 256, 512};
+  return kBytes[static_cast<int>(kind)];
+}
+constexpr int64_t scale_bytes_of(Kind kind) {
+  constexpr int kBytes[] = {320, 288, 320, 320, 288, 48, 48};
+  return kBytes[static_cast<int>(kind)];
+}
+// Bytes of a GGML block of 256 values (q2_k to q6_k).
+constexpr int64_t block_bytes_of(Kind kind) {
+  constexpr int kBytes[] = {84, 110, 144, 176, 210};
+  return kBytes[static_cast<int>(kind)];
+}
 
 struct Panels {
   Kind kind;
   int64_t rows, columns, group;
   const uint8_t* data;
 
-  int64_t group_bytes() const {
-    constexpr int kBytes[] = {256, 320, 384, 256, 512};
-    return kBytes[static_cast<int>(kind)];
-  }
+  int64_t group_bytes() const { return quant_bytes_of(kind); }
   // Columns that share a run of scales, and its bytes.
   int64_t span() const { return kind < Kind::g4 ? kBlock : group; }
-  int64_t span_bytes() const {
-    constexpr int kBytes[] = {320, 320, 288, 48, 48};
-    return kBytes[static_cast<int>(kind)];
-  }
+  int64_t span_bytes() const { return scale_bytes_of(kind); }
   int64_t count() const { return (rows + kPanel - 1) / kPanel; }
   int64_t quant_bytes() const { return columns / kGroup * group_bytes(); }
   int64_t panel_bytes() const { return quant_bytes() + columns / span() * span_bytes(); }
@@ -44,7 +59,7 @@ struct Panels {
   const uint8_t* scales(int64_t panel) const { return quants(panel) + quant_bytes(); }
 };
 
-// GGML rows (Q4_K, Q5_K, Q6_K) into panels and back. `blocks` is [rows, bytes of a row].
+// GGML rows (Q2_K to Q6_K) into panels and back. `blocks` is [rows, bytes of a row].
 void pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int threads);
 void unpack_blocks(const Panels& panels, uint8_t* blocks, int threads);
 // Integers in groups: codes u8 [rows, columns], scales f16 [rows, columns / group], zeros u8 of the same shape.

@@ -1,7 +1,7 @@
 """Packed weights as the compiled kernels read them: panels of 16 rows (``native/include/mixtral/panels.h``).
 
 A matrix in panels holds the same bits as the blocks or groups that it was made of, in another order, and gives them
-back. Q4_K and Q5_K grow by 3 and 2 %, as their 6-bit scales get a byte each, and 3-bit integers take 4 bits.
+back. Q3_K, Q4_K and Q5_K grow by 4, 3 and 2 %, as their 6-bit scales get a byte each, and 3-bit integers take 4 bits.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from mixtral.errors import ConfigError
 from mixtral.ops.memory import empty
 from mixtral.ops.native import level, module, threads
 from mixtral.quant.bits import pack_bits, unpack_bits
+from mixtral.quant.formats import FORMATS
 from mixtral.quant.packed import Blocks, Groups, Packed
 from mixtral.quant.recode import as_groups
 
 __all__ = ["ROWS", "Panels", "expert_set", "run_experts", "to_panels"]
 
 ROWS = 16
-_KINDS = {"Q4_K": 0, "Q5_K": 1, "Q6_K": 2}
-_G4, _G8 = 3, 4
+_KINDS = {"Q2_K": 0, "Q3_K": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
+_G4, _G8 = 5, 6
 _GROUPS = (256, 128, 64, 32)
 
 
@@ -71,7 +72,7 @@ class Panels(Packed):
         part = self.data[first * size : last * size].cpu().numpy()
         matrix = module().PackedMatrix(self.kind, rows, columns, self.group, part)
         if self.kind < _G4:
-            blocks = torch.empty((rows, columns // 256 * (144, 176, 210)[self.kind]), dtype=torch.uint8)
+            blocks = torch.empty((rows, columns // 256 * FORMATS[self.label].bytes), dtype=torch.uint8)
             matrix.unpack_blocks(blocks.numpy(), threads())
             return Blocks(self.label, blocks)
         codes = torch.empty((rows, columns), dtype=torch.uint8)
