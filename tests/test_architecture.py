@@ -32,7 +32,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "model": ({"ops"}, {"torch"}),
     "quant": ({"model", "ops", "_native"}, {"torch", "numpy", "gguf"}),
     "compiled": ({"model", "ops", "quant"}, {"torch"}),
-    "files": ({"quant"}, {"torch", "numpy"}),
+    "files": ({"ops", "quant"}, {"torch", "numpy"}),
     "weights": ({"model", "ops", "quant", "files"}, {"torch", "numpy", "safetensors"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy"}),
     "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic"}),

@@ -1,6 +1,7 @@
 // Panels of 16 rows from GGML rows and from integers in groups, and back: bytes change their places, no value changes.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "mixtral/panels.h"
 #include "mixtral/pool.h"
@@ -8,22 +9,25 @@
 namespace mixtral {
 namespace {
 
+// With the kind known to the compiled loop; otherwise every word would ask for it anew.
+#define INLINE [[gnu::always_inline]] inline
+
 // Quants of one group of 32 columns and 16 rows, a byte each; a word holds those of four columns that follow each other.
 constexpr int kWords = kGroup / 4;
 using Group = uint32_t[kPanel][kWords];
 
 constexpr uint32_t kNibbles = 0x0F0F0F0F, kTriples = 0x07070707, kPairs = 0x03030303, kBits = 0x01010101;
 
-inline uint32_t word_at(const uint8_t* from) {
+INLINE uint32_t word_at(const uint8_t* from) {
   uint32_t word;
   std::memcpy(&word, from, sizeof word);
   return word;
 }
 
-inline void set_word(uint8_t* to, uint32_t word) { std::memcpy(to, &word, sizeof word); }
+INLINE void set_word(uint8_t* to, uint32_t word) { std::memcpy(to, &word, sizeof word); }
 
 // One row's word of each vector of a group's quant plane.
-void put_row(Kind kind, const uint32_t* q, uint32_t* words) {
+INLINE void put_row(Kind kind, const uint32_t* q, uint32_t* words) {
   switch (kind) {
     case Kind::q2_k:
       for (int j = 0; j < kWords; ++j) words[j / 4] |= q[j] << (2 * (j % 4));
@@ -47,7 +51,7 @@ void put_row(Kind kind, const uint32_t* q, uint32_t* words) {
   }
 }
 
-void take_row(Kind kind, const uint32_t* words, uint32_t* q) {
+INLINE void take_row(Kind kind, const uint32_t* words, uint32_t* q) {
   switch (kind) {
     case Kind::q2_k:
       for (int j = 0; j < kWords; ++j) q[j] = words[j / 4] >> (2 * (j % 4)) & kPairs;
@@ -68,7 +72,7 @@ void take_row(Kind kind, const uint32_t* words, uint32_t* q) {
   }
 }
 
-void put_quants(Kind kind, const Group& q, uint8_t* out) {
+INLINE void put_quants(Kind kind, const Group& q, uint8_t* out) {
   const int vectors = static_cast<int>(quant_bytes_of(kind) / 64);
   for (int n = 0; n < kPanel; ++n) {
     uint32_t words[kWords] = {};
@@ -77,7 +81,7 @@ void put_quants(Kind kind, const Group& q, uint8_t* out) {
   }
 }
 
-void take_quants(Kind kind, const uint8_t* in, Group& q) {
+INLINE void take_quants(Kind kind, const uint8_t* in, Group& q) {
   const int vectors = static_cast<int>(quant_bytes_of(kind) / 64);
   for (int n = 0; n < kPanel; ++n) {
     uint32_t words[kWords] = {};
@@ -89,7 +93,7 @@ void take_quants(Kind kind, const uint8_t* in, Group& q) {
 // --- GGML super-blocks of 256 values ---------------------------------------------------------------------------------
 
 // The eight pairs of 6-bit numbers in the 12 bytes of Q4_K and Q5_K.
-void take_six_bit_pairs(const uint8_t* in, uint8_t* scales, uint8_t* lows) {
+INLINE void take_six_bit_pairs(const uint8_t* in, uint8_t* scales, uint8_t* lows) {
   for (int i = 0; i < 4; ++i) {
     scales[i] = in[i] & 63;
     lows[i] = in[i + 4] & 63;
@@ -98,7 +102,7 @@ void take_six_bit_pairs(const uint8_t* in, uint8_t* scales, uint8_t* lows) {
   }
 }
 
-void put_six_bit_pairs(const uint8_t* scales, const uint8_t* lows, uint8_t* out) {
+INLINE void put_six_bit_pairs(const uint8_t* scales, const uint8_t* lows, uint8_t* out) {
   for (int i = 0; i < 4; ++i) {
     out[i] = static_cast<uint8_t>(scales[i] | scales[i + 4] >> 4 << 6);
     out[i + 4] = static_cast<uint8_t>(lows[i] | lows[i + 4] >> 4 << 6);
@@ -107,14 +111,14 @@ void put_six_bit_pairs(const uint8_t* scales, const uint8_t* lows, uint8_t* out)
 }
 
 // The sixteen 6-bit scales of Q3_K, as signed bytes.
-void take_signed_scales(const uint8_t* in, uint8_t* scales) {
+INLINE void take_signed_scales(const uint8_t* in, uint8_t* scales) {
   for (int s = 0; s < 16; ++s) {
     const int low = in[s % 8] >> (s / 8 * 4) & 15, high = in[8 + s % 4] >> (s / 4 * 2) & 3;
     scales[s] = static_cast<uint8_t>((low | high << 4) - 32);
   }
 }
 
-void put_signed_scales(const uint8_t* scales, uint8_t* out) {
+INLINE void put_signed_scales(const uint8_t* scales, uint8_t* out) {
   for (int s = 0; s < 16; ++s) {
     const int code = scales[s] + 32;
     out[s % 8] |= static_cast<uint8_t>((code & 15) << (s / 8 * 4));
@@ -123,7 +127,7 @@ void put_signed_scales(const uint8_t* scales, uint8_t* out) {
 }
 
 // The quants of group `g` (32 columns) of a block, four to a word.
-void take_block_quants(Kind kind, const uint8_t* block, int g, uint32_t* q) {
+INLINE void take_block_quants(Kind kind, const uint8_t* block, int g, uint32_t* q) {
   for (int j = 0; j < kWords; ++j) {
     if (kind == Kind::q2_k || kind == Kind::q3_k) {
       const int low = kind == Kind::q2_k ? 16 : 32;
@@ -142,9 +146,9 @@ void take_block_quants(Kind kind, const uint8_t* block, int g, uint32_t* q) {
   }
 }
 
-inline void add_word(uint8_t* to, uint32_t bits) { set_word(to, word_at(to) | bits); }
+INLINE void add_word(uint8_t* to, uint32_t bits) { set_word(to, word_at(to) | bits); }
 
-void put_block_quants(Kind kind, const uint32_t* q, int g, uint8_t* block) {
+INLINE void put_block_quants(Kind kind, const uint32_t* q, int g, uint8_t* block) {
   for (int j = 0; j < kWords; ++j) {
     if (kind == Kind::q2_k || kind == Kind::q3_k) {
       add_word(block + (kind == Kind::q2_k ? 16 : 32) + g / 4 * 32 + 4 * j, (q[j] & kPairs) << (2 * (g % 4)));
@@ -164,10 +168,10 @@ void put_block_quants(Kind kind, const uint32_t* q, int g, uint8_t* block) {
 }
 
 // Where lane `lane` of a run of pairs keeps number `s`.
-inline int pair_at(int s, int lane) { return s / 2 * 32 + lane * 2 + s % 2; }
+INLINE int pair_at(int s, int lane) { return s / 2 * 32 + lane * 2 + s % 2; }
 
 // Scales of one row's block to its lane of a run of scales, and back.
-void put_block_scales(Kind kind, const uint8_t* block, uint8_t* run, int lane) {
+INLINE void put_block_scales(Kind kind, const uint8_t* block, uint8_t* run, int lane) {
   if (kind == Kind::q2_k) {
     for (int s = 0; s < 16; ++s) run[pair_at(s, lane)] = block[s];
     std::memcpy(run + 256 + 2 * lane, block + 80, 2);
@@ -196,7 +200,7 @@ void put_block_scales(Kind kind, const uint8_t* block, uint8_t* run, int lane) {
   std::memcpy(run + 288 + 2 * lane, block + 2, 2);
 }
 
-void take_block_scales(Kind kind, const uint8_t* run, int lane, uint8_t* block) {
+INLINE void take_block_scales(Kind kind, const uint8_t* run, int lane, uint8_t* block) {
   if (kind == Kind::q2_k) {
     for (int s = 0; s < 16; ++s) block[s] = run[pair_at(s, lane)];
     std::memcpy(block + 80, run + 256 + 2 * lane, 2);
@@ -225,44 +229,76 @@ void take_block_scales(Kind kind, const uint8_t* run, int lane, uint8_t* block) 
   std::memcpy(block + 2, run + 288 + 2 * lane, 2);
 }
 
+template <Kind K>
+void pack_panel(const Panels& shape, const uint8_t* blocks, uint8_t* out, int64_t panel) {
+  constexpr int64_t kSize = block_bytes_of(K);
+  const int64_t per_row = shape.columns / kBlock, stride = per_row * kSize;
+  uint8_t* quants = out + panel * shape.panel_bytes();
+  uint8_t* scales = quants + shape.quant_bytes();
+  const int64_t rows = std::min<int64_t>(kPanel, shape.rows - panel * kPanel);
+  for (int64_t b = 0; b < per_row; ++b) {
+    const uint8_t* first = blocks + (panel * kPanel * per_row + b) * kSize;
+    uint8_t* run = scales + b * scale_bytes_of(K);
+    std::memset(run, 0, static_cast<size_t>(scale_bytes_of(K)));
+    for (int n = 0; n < rows; ++n) put_block_scales(K, first + n * stride, run, n);
+    for (int g = 0; g < kBlock / kGroup; ++g) {
+      Group q;
+      for (int n = 0; n < rows; ++n) take_block_quants(K, first + n * stride, g, q[n]);
+      for (int64_t n = rows; n < kPanel; ++n) std::memset(q[n], 0, sizeof q[n]);
+      put_quants(K, q, quants + (b * (kBlock / kGroup) + g) * quant_bytes_of(K));
+    }
+  }
+}
+
+template <Kind K>
+void unpack_panel(const Panels& panels, uint8_t* blocks, int64_t panel) {
+  constexpr int64_t kSize = block_bytes_of(K);
+  const int64_t per_row = panels.columns / kBlock, stride = per_row * kSize;
+  const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
+  for (int64_t b = 0; b < per_row; ++b) {
+    uint8_t* first = blocks + (panel * kPanel * per_row + b) * kSize;
+    for (int n = 0; n < rows; ++n) {
+      std::memset(first + n * stride, 0, static_cast<size_t>(kSize));
+      take_block_scales(K, panels.scales(panel) + b * scale_bytes_of(K), n, first + n * stride);
+    }
+    for (int g = 0; g < kBlock / kGroup; ++g) {
+      Group q;
+      take_quants(K, panels.quants(panel) + (b * (kBlock / kGroup) + g) * quant_bytes_of(K), q);
+      for (int n = 0; n < rows; ++n) put_block_quants(K, q[n], g, first + n * stride);
+    }
+  }
+}
+
+// Calls work with the kind of blocks as a constant; other kinds are groups.
+template <typename Work>
+void with_kind(Kind kind, const Work& work) {
+  switch (kind) {
+    case Kind::q2_k:
+      return work(std::integral_constant<Kind, Kind::q2_k>{});
+    case Kind::q3_k:
+      return work(std::integral_constant<Kind, Kind::q3_k>{});
+    case Kind::q4_k:
+      return work(std::integral_constant<Kind, Kind::q4_k>{});
+    case Kind::q5_k:
+      return work(std::integral_constant<Kind, Kind::q5_k>{});
+    case Kind::q6_k:
+      return work(std::integral_constant<Kind, Kind::q6_k>{});
+    default:
+      return;
+  }
+}
+
 }  // namespace
 
 void pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int threads) {
-  const int64_t size = block_bytes_of(shape.kind), per_row = shape.columns / kBlock;
-  parallel(shape.count(), threads, [&](int64_t panel) {
-    uint8_t* quants = out + panel * shape.panel_bytes();
-    uint8_t* scales = quants + shape.quant_bytes();
-    const int64_t rows = std::min<int64_t>(kPanel, shape.rows - panel * kPanel);
-    for (int64_t b = 0; b < per_row; ++b) {
-      const uint8_t* first = blocks + (panel * kPanel * per_row + b) * size;
-      uint8_t* run = scales + b * shape.span_bytes();
-      std::memset(run, 0, static_cast<size_t>(shape.span_bytes()));
-      for (int n = 0; n < rows; ++n) put_block_scales(shape.kind, first + n * per_row * size, run, n);
-      for (int g = 0; g < kBlock / kGroup; ++g) {
-        Group q = {};
-        for (int n = 0; n < rows; ++n) take_block_quants(shape.kind, first + n * per_row * size, g, q[n]);
-        put_quants(shape.kind, q, quants + (b * (kBlock / kGroup) + g) * shape.group_bytes());
-      }
-    }
+  with_kind(shape.kind, [&](auto kind) {
+    parallel(shape.count(), threads, [&](int64_t panel) { pack_panel<kind.value>(shape, blocks, out, panel); });
   });
 }
 
 void unpack_blocks(const Panels& panels, uint8_t* blocks, int threads) {
-  const int64_t size = block_bytes_of(panels.kind), per_row = panels.columns / kBlock;
-  parallel(panels.count(), threads, [&](int64_t panel) {
-    const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
-    for (int64_t b = 0; b < per_row; ++b) {
-      uint8_t* first = blocks + (panel * kPanel * per_row + b) * size;
-      for (int n = 0; n < rows; ++n) {
-        std::memset(first + n * per_row * size, 0, static_cast<size_t>(size));
-        take_block_scales(panels.kind, panels.scales(panel) + b * panels.span_bytes(), n, first + n * per_row * size);
-      }
-      for (int g = 0; g < kBlock / kGroup; ++g) {
-        Group q;
-        take_quants(panels.kind, panels.quants(panel) + (b * (kBlock / kGroup) + g) * panels.group_bytes(), q);
-        for (int n = 0; n < rows; ++n) put_block_quants(panels.kind, q[n], g, first + n * per_row * size);
-      }
-    }
+  with_kind(panels.kind, [&](auto kind) {
+    parallel(panels.count(), threads, [&](int64_t panel) { unpack_panel<kind.value>(panels, blocks, panel); });
   });
 }
 
@@ -277,7 +313,8 @@ void pack_groups(const Panels& shape, const uint8_t* codes, const uint16_t* scal
     for (int64_t k = 0; k < shape.columns; k += kGroup) {
       Group q = {};
       for (int n = 0; n < rows; ++n) std::memcpy(q[n], codes + (panel * kPanel + n) * shape.columns + k, kGroup);
-      put_quants(shape.kind, q, quants + k / kGroup * shape.group_bytes());
+      uint8_t* to = quants + k / kGroup * shape.group_bytes();
+      shape.kind == Kind::g4 ? put_quants(Kind::g4, q, to) : put_quants(Kind::g8, q, to);
     }
     for (int n = 0; n < rows; ++n) {
       for (int64_t g = 0; g < groups; ++g) {
@@ -296,7 +333,8 @@ void unpack_groups(const Panels& panels, uint8_t* codes, uint16_t* scales, uint8
     const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
     for (int64_t k = 0; k < panels.columns; k += kGroup) {
       Group q;
-      take_quants(panels.kind, panels.quants(panel) + k / kGroup * panels.group_bytes(), q);
+      const uint8_t* from = panels.quants(panel) + k / kGroup * panels.group_bytes();
+      panels.kind == Kind::g4 ? take_quants(Kind::g4, from, q) : take_quants(Kind::g8, from, q);
       for (int n = 0; n < rows; ++n) std::memcpy(codes + (panel * kPanel + n) * panels.columns + k, q[n], kGroup);
     }
     for (int n = 0; n < rows; ++n) {

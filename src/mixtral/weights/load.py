@@ -138,9 +138,11 @@ def _packed(pieces: list[Piece], found: Checkpoint, reader: MatrixReader, *, com
     """The matrices of a unit, one after the other; in panels where there are kernels for them. Rows of the embedding
     are looked up, which panels are not made for."""
     for piece in pieces:
-        packed = reader.packed(found.entries[piece.name], piece)
-        panels = to_panels(packed) if compiled and piece.parameter != EMBEDDING else None
-        yield packed if panels is None else panels
+        panels = None
+        if compiled and piece.parameter != EMBEDDING:
+            with reader.borrowed(found.entries[piece.name], piece) as packed:
+                panels = to_panels(packed)
+        yield reader.packed(found.entries[piece.name], piece) if panels is None else panels
 
 
 def _module(pieces: list[Piece], packed: list[Packed], dtype: torch.dtype) -> nn.Module:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -43,5 +45,17 @@ class MatrixReader(ShardReader):
         """
         if isinstance(entry, CodedEntry):
             return read_groups(self, entry)
-        rows = self.raw(entry, first=piece.first, count=math.prod(piece.shape)).view(piece.shape[0], -1)
-        return Blocks(entry.dtype, piece.to_ours(rows).contiguous())
+        return _blocks(entry, piece, self.raw(entry, first=piece.first, count=math.prod(piece.shape)))
+
+    @contextmanager
+    def borrowed(self, entry: Entry, piece: Piece) -> Iterator[Packed]:
+        """As ``packed``, but blocks may be memory of the file, which is theirs only inside this context."""
+        if isinstance(entry, CodedEntry):
+            yield read_groups(self, entry)
+            return
+        with self.raw_view(entry, first=piece.first, count=math.prod(piece.shape)) as values:
+            yield _blocks(entry, piece, values)
+
+
+def _blocks(entry: Entry, piece: Piece, data: Tensor) -> Blocks:
+    return Blocks(entry.dtype, piece.to_ours(data.view(piece.shape[0], -1)).contiguous())
