@@ -40,13 +40,10 @@ constexpr int64_t kStrip = 4;  // panels of an item: 64 columns
 // Memory of rounded rows.
 class RoundedRows {
  public:
-  RoundedRows(int64_t rows, int64_t columns)
-      : q_(new int8_t[static_cast<size_t>(rows * columns)]),
-        scales_(new float[static_cast<size_t>(rows * ((columns + kBlock - 1) / kBlock))]),
-        low16_(new int32_t[static_cast<size_t>(rows * columns / 16)]),
-        sum16_(new int16_t[static_cast<size_t>(rows * columns / 16)]),
-        sum32_(new int16_t[static_cast<size_t>(rows * columns / 32)]),
-        view_{columns, q_.get(), scales_.get(), low16_.get(), sum16_.get(), sum32_.get()} {}
+  RoundedRows(int64_t rows, int64_t columns) : view_{rows, columns, nullptr} {
+    data_.reset(new RoundedBlock[static_cast<size_t>(rows * view_.blocks())]);
+    view_.data = data_.get();
+  }
 
   const Rounded& view() const { return view_; }
 
@@ -57,17 +54,14 @@ class RoundedRows {
       for (int64_t row = item * step; row < std::min(rows, (item + 1) * step); ++row) {
         for (int64_t b = 0; b < blocks; ++b) {
           const int count = static_cast<int>(std::min<int64_t>(kBlock, view_.columns - b * kBlock));
-          kernels.round(x + row * view_.columns + b * kBlock, count, view_, row, b);
+          kernels.round(x + row * view_.columns + b * kBlock, count, view_.at(row, b));
         }
       }
     });
   }
 
  private:
-  std::unique_ptr<int8_t[]> q_;
-  std::unique_ptr<float[]> scales_;
-  std::unique_ptr<int32_t[]> low16_;
-  std::unique_ptr<int16_t[]> sum16_, sum32_;
+  std::unique_ptr<RoundedBlock[]> data_;
   Rounded view_;
 };
 
@@ -148,7 +142,7 @@ void hidden_block(const GemmTable& kernels, const Panels& gate, const Panels& up
     }
     for (int64_t i = 0; i < count; ++i) {
       kernels.swiglu(g + i * kBlock, u + i * kBlock, g + i * kBlock, (columns + kPanel - 1) / kPanel * kPanel);
-      kernels.round(g + i * kBlock, static_cast<int>(columns), hidden, at + i, block);
+      kernels.round(g + i * kBlock, static_cast<int>(columns), hidden.at(at + i, block));
     }
   }
 }
