@@ -39,15 +39,12 @@ class Activations {
   Activations(int64_t rows, int64_t columns, const Forms& forms) : forms_(forms), columns_(columns) {
     const int64_t padded = (columns + 31) / 32 * 32;
     if (forms.rounded) {
-      q_ = make<int8_t>(rows * columns);
-      scales_ = make<float>(rows * ((columns + kBlock - 1) / kBlock));
-      low16_ = make<int32_t>(rows * columns / 16);
-      sum16_ = make<int16_t>(rows * columns / 16);
-      sum32_ = make<int16_t>(rows * columns / 32);
+      rounded_ = {rows, columns, nullptr};
+      blocks_ = make<RoundedBlock>(rows * rounded_.blocks());
+      rounded_.data = blocks_.get();
     }
     if (forms.bf16) bf16_ = make<uint16_t>(rows * padded);
     if (forms.f32) f32_ = make<float>(rows * padded);
-    rounded_ = {columns, q_.get(), scales_.get(), low16_.get(), sum16_.get(), sum32_.get()};
     plain_ = {padded, bf16_.get(), f32_.get()};
   }
 
@@ -56,7 +53,7 @@ class Activations {
   // Writes block `block` of a row, from its values on.
   void fill_block(const Kernels& kernels, const float* values, int64_t row, int64_t block) const {
     const int64_t first = block * kBlock, count = std::min<int64_t>(kBlock, columns_ - first);
-    if (forms_.rounded) kernels.gemm.round(values, static_cast<int>(count), rounded_, row, block);
+    if (forms_.rounded) kernels.gemm.round(values, static_cast<int>(count), rounded_.at(row, block));
     const int64_t at = row * plain_.padded + first;
     const int64_t zeros = first + count == columns_ ? plain_.padded - columns_ : 0;
     if (forms_.bf16) {
@@ -93,12 +90,10 @@ class Activations {
 
   Forms forms_;
   int64_t columns_;
-  std::unique_ptr<int8_t[]> q_;
-  std::unique_ptr<float[]> scales_, f32_;
-  std::unique_ptr<int32_t[]> low16_;
-  std::unique_ptr<int16_t[]> sum16_, sum32_;
+  std::unique_ptr<RoundedBlock[]> blocks_;
+  std::unique_ptr<float[]> f32_;
   std::unique_ptr<uint16_t[]> bf16_;
-  Rounded rounded_;
+  Rounded rounded_{};
   Plain plain_;
 };
 

@@ -105,7 +105,7 @@ inline void products(const uint8_t* table, int64_t stride, int64_t steps, const 
       const Ints number = all(load<int32_t>(x[m] + 4 * j));
       UNROLL for (int v = 0; v < W; ++v) {
         if constexpr (S == Store::bf16) {
-          sums[m][v] = (Ints)pairs((Floats)sums[m][v], columns[v], number);
+          sums[m][v] = (Ints)bf16_pairs((Floats)sums[m][v], columns[v], number);
         } else if constexpr (S == Store::f32) {
           sums[m][v] = (Ints)fma((Floats)columns[v], (Floats)number, (Floats)sums[m][v]);
         } else {

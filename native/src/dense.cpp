@@ -20,7 +20,7 @@ constexpr int64_t kInput = K == Float::bf16 ? 2 : 4;  // bytes of an activation
 
 template <Float K>
 inline Floats step(Floats sum, const uint8_t* w, const uint8_t* x) {
-  if constexpr (K == Float::bf16) return pairs(sum, load<Ints>(w), load<Ints>(x));
+  if constexpr (K == Float::bf16) return bf16_pairs(sum, load<Ints>(w), load<Ints>(x));
   if constexpr (K == Float::f16) return fma(halves(w), load<Floats>(x), sum);
   return fma(load<Floats>(w), load<Floats>(x), sum);
 }

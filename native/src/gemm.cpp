@@ -1,159 +1,13 @@
 // The kernels of gemm.h, compiled once for each instruction set with MIXTRAL_LEVEL (the namespace) and MIXTRAL_LANES.
 //
-// A vector holds MIXTRAL_LANES numbers of 32 bits, one for each row of a panel or of half a panel. All but the table is
+// A vector holds MIXTRAL_LANES numbers of 32 bits, one for each row of a panel or of a part of it. All but the table is
 // internal to this file: a copy made for wide registers must never serve a processor without them.
 #include "mixtral/gemm.h"
 
-#include <cmath>
-#include <initializer_list>
-
-#include "mixtral/half.h"
-
-#ifdef MIXTRAL_X86
-#include <immintrin.h>
-#endif
+#include "integers.h"
 
 namespace mixtral::MIXTRAL_LEVEL {
 namespace {
-
-// Loops over registers: unrolled whole, or the registers would live in memory.
-#define UNROLL _Pragma("GCC unroll 8")
-
-constexpr int kLanes = MIXTRAL_LANES, kParts = kPanel / kLanes, kBytes = 4 * kLanes;
-
-typedef int32_t Ints __attribute__((vector_size(kBytes)));
-typedef float Floats __attribute__((vector_size(kBytes)));
-typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
-typedef uint16_t Words __attribute__((vector_size(kBytes)));
-
-template <typename T>
-inline T load(const void* from) {
-  T value;
-  __builtin_memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline Ints all(int32_t value) { return value - Ints{}; }
-inline Floats all(float value) { return value - Floats{}; }
-inline Bytes bytes(uint8_t value) { return value - Bytes{}; }
-inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
-
-#if defined(MIXTRAL_X86) && MIXTRAL_LANES == 16
-
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-// The plain forms of these three make GCC 12 warn of an uninitialised value.
-inline Ints widen(const uint8_t* from) {
-  return (Ints)_mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128((const __m128i*)from));
-}
-inline Ints widen_signed(const uint8_t* from) {
-  return (Ints)_mm512_maskz_cvtepi8_epi32(0xFFFF, _mm_loadu_si128((const __m128i*)from));
-}
-inline Floats halves(const uint8_t* from) {
-  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256((const __m256i*)from));
-}
-
-// The sum over 4N columns of quants (v) times activations (a), for every lane, on top of `sum`.
-template <int N, int Bits>
-inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
-  __m512i total = (__m512i)sum;
-  UNROLL for (int j = 0; j < N; ++j) {
-    total = _mm512_dpbusd_epi32(total, (__m512i)v[j], _mm512_set1_epi32(load<int32_t>(a + 4 * j)));
-  }
-  return (Ints)total;
-}
-
-// Pairs of bytes (u8 [lanes, 2]) as pairs of words.
-inline Words pairs(const uint8_t* from) { return (Words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from)); }
-// sum + pairs of words times one pair.
-inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
-  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)pairs, _mm512_set1_epi32(by));
-}
-
-#elif defined(MIXTRAL_X86) && defined(__AVX2__)
-
-inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Floats halves(const uint8_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
-inline Ints widen(const uint8_t* from) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
-inline Ints widen_signed(const uint8_t* from) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
-
-template <int N, int Bits>
-inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  // vpmaddubsw adds two products in 16 bits, and so many of its results can be added before they overflow.
-  constexpr int kRun = Bits == 4 ? 8 : Bits == 5 ? 4 : 2;
-  __m256i total = (__m256i)sum;
-  UNROLL for (int j = 0; j < N; j += kRun) {
-    __m256i words = _mm256_setzero_si256();
-    for (int i = j; i < j + kRun && i < N; ++i) {
-      const __m256i x = _mm256_set1_epi32(load<int32_t>(a + 4 * i));
-      if constexpr (Bits == 8) {
-        // 255 * 127 * 2 does not fit: the highest bit goes by itself.
-        const __m256i high = _mm256_and_si256((__m256i)v[i], _mm256_set1_epi8(-128));
-        const __m256i low = _mm256_andnot_si256(_mm256_set1_epi8(-128), (__m256i)v[i]);
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), ones));
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), ones));
-      } else {
-        words = _mm256_add_epi16(words, _mm256_maddubs_epi16((__m256i)v[i], x));
-      }
-    }
-    if constexpr (Bits != 8) total = _mm256_add_epi32(total, _mm256_madd_epi16(words, ones));
-  }
-  return (Ints)total;
-}
-
-inline Words pairs(const uint8_t* from) { return (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from)); }
-inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
-  return (Ints)_mm256_add_epi32((__m256i)sum, _mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi32(by)));
-}
-
-#else
-
-inline Ints widen(const uint8_t* from) {
-  Ints wide{};
-  for (int n = 0; n < kLanes; ++n) wide[n] = from[n];
-  return wide;
-}
-
-inline Ints widen_signed(const uint8_t* from) {
-  Ints wide{};
-  for (int n = 0; n < kLanes; ++n) wide[n] = static_cast<int8_t>(from[n]);
-  return wide;
-}
-
-inline Floats fma(Floats a, Floats b, Floats c) {
-  for (int n = 0; n < kLanes; ++n) c[n] = std::fma(a[n], b[n], c[n]);
-  return c;
-}
-
-inline Floats halves(const uint8_t* from) {
-  Floats wide{};
-  for (int n = 0; n < kLanes; ++n) wide[n] = widen_half(load<uint16_t>(from + 2 * n));
-  return wide;
-}
-
-template <int N, int Bits>
-inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
-  for (int j = 0; j < N; ++j) {
-    for (int n = 0; n < kLanes; ++n) {
-      for (int i = 0; i < 4; ++i) sum[n] += v[j][4 * n + i] * a[4 * j + i];
-    }
-  }
-  return sum;
-}
-
-inline Words pairs(const uint8_t* from) {
-  Words wide{};
-  for (int n = 0; n < 2 * kLanes; ++n) wide[n] = from[n];
-  return wide;
-}
-
-inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
-  const int32_t first = static_cast<int16_t>(by & 0xFFFF), second = by >> 16;
-  for (int n = 0; n < kLanes; ++n) sum[n] += pairs[2 * n] * first + pairs[2 * n + 1] * second;
-  return sum;
-}
-
-#endif
 
 // --- quants of a group of 32 columns ---------------------------------------------------------------------------------
 
@@ -202,138 +56,215 @@ inline void unpack(const uint8_t* from, Bytes* v) {
   }
 }
 
-// --- one panel, M activation rows ------------------------------------------------------------------------------------
+// --- one part of a panel, a block of M activation rows ---------------------------------------------------------------
 
-// This part of the panel's lanes, and where M activation rows begin.
-template <int M>
-struct Work {
-  const uint8_t* quants;
-  const uint8_t* scales;
-  int half;
-  const int8_t* q[M];
-  const float* steps[M];
-  const int32_t* low16[M];
-  const int16_t* sum16[M];
-  const int16_t* sum32[M];
+// A part of a panel: where its lanes begin in the quants and in scales of one, two and four bytes.
+struct Part {
+  int number;
 
-  Work(const Panels& w, int64_t panel, int half_, const Rounded& a, const int32_t* rows)
-      : quants(w.quants(panel) + half_ * kBytes), scales(w.scales(panel)), half(half_) {
-    for (int m = 0; m < M; ++m) {
-      const int64_t first = rows[m] * a.columns;
-      q[m] = a.q + first;
-      steps[m] = a.scales + rows[m] * a.blocks();
-      low16[m] = a.low16 + first / 16;
-      sum16[m] = a.sum16 + first / 16;
-      sum32[m] = a.sum32 + first / kGroup;
-    }
-  }
+  const uint8_t* quants(const uint8_t* panel) const { return panel + number * kBytes; }
+  const uint8_t* ones(const uint8_t* run) const { return run + number * kLanes; }
+  const uint8_t* twos(const uint8_t* run) const { return run + number * 2 * kLanes; }
 };
 
-// What the quants of 16 columns (number `i` of the row) start from: minus their zero times the activations.
+template <int M>
+using Rows = const RoundedBlock* [M];
+
+// Adds the sums over 4N columns of quants (v) times activations, from column `at` of each row's block on.
+template <int N, int Bits, int M>
+inline void add_dots(Ints (&sums)[M], const Bytes* v, const Rows<M>& x, int at) {
+  if constexpr (kLanes == 16 && M >= 4) {
+    // Across the rows, as a sum waits several cycles for the one before it, and no 16-bit sums are to be kept.
+    UNROLL for (int j = 0; j < N; ++j) {
+      UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<1, Bits>(sums[m], v + j, x[m]->q + at + 4 * j);
+    }
+  } else {
+    UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<N, Bits>(sums[m], v, x[m]->q + at);
+  }
+}
+
+// The two float steps of a block.
 template <Kind K, int M>
-inline Ints start(const Work<M>& work, int m, int64_t i) {
-  if constexpr (K == Kind::q6_k) return all(work.low16[m][i]);
-  if constexpr (K == Kind::q3_k) return all(work.low16[m][i]) >> 3;
+inline void add_block(Part part, const uint8_t* run, const Rows<M>& x, const Ints (&sums)[M], const Ints (&lows)[M],
+                      Floats (&total)[M]) {
+  const Floats d = halves(part.twos(run + 256));
+  UNROLL for (int m = 0; m < M; ++m) {
+    const Floats step = all(x[m]->scale);
+    total[m] = fma(to_floats(sums[m]), d * step, total[m]);
+    if constexpr (kMinimums<K>) {
+      const Floats dmin = halves(part.twos(run + 288));
+      total[m] = fma(to_floats(lows[m]), -(dmin * step), total[m]);
+    }
+  }
+}
+
+// Q4_K and Q5_K: a scale for each 32 columns.
+template <Kind K, int M>
+inline void block_of_32(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]) {
+  Ints sums[M] = {}, lows[M] = {};
+  for (int g = 0; g < 8; ++g) {
+    Bytes v[8];
+    unpack<K>(quants + g * quant_bytes_of(K), v);
+    const Ints scale = widen(part.ones(run + g * kPanel));
+    Ints dots[M] = {};
+    add_dots<8, kBits<K>>(dots, v, x, g * kGroup);
+    UNROLL for (int m = 0; m < M; ++m) sums[m] += dots[m] * scale;
+  }
+  UNROLL for (int j = 0; j < 4; ++j) {
+    const Words minimums = pairs(part.twos(run + 128 + j * 2 * kPanel));
+    UNROLL for (int m = 0; m < M; ++m) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(x[m]->sum32 + 2 * j));
+  }
+  add_block<K>(part, run, x, sums, lows, total);
+}
+
+// What the quants of 16 columns start from: minus their zero times the activations.
+template <Kind K>
+inline Ints start(const RoundedBlock& x, int i) {
+  if constexpr (K == Kind::q6_k) return all(x.low16[i]);
+  if constexpr (K == Kind::q3_k) return all(x.low16[i]) >> 3;
   return Ints{};
 }
 
-// Scales of the two halves of group `g` of a block; in Q2_K also their minimums, as pairs.
-template <Kind K>
-inline void half_scales(const uint8_t* run, int half, int g, Ints& first, Ints& second, Words& minimums) {
-  if constexpr (K == Kind::q6_k) {
-    first = widen_signed(run + 2 * g * kPanel + half * kLanes);
-    second = widen_signed(run + (2 * g + 1) * kPanel + half * kLanes);
-    return;
-  }
-  const Words both = pairs(run + g * 2 * kPanel + half * 2 * kLanes);
-  if constexpr (K == Kind::q2_k) {
-    minimums = both >> 4;
-    first = (Ints)both & 15;
-    second = ((Ints)both >> 16) & 15;
-  } else {
-    first = (Ints)both << 24 >> 24;
-    second = (Ints)both << 8 >> 24;
-  }
-}
-
+// Q2_K, Q3_K and Q6_K: a scale for each 16 columns.
 template <Kind K, int M>
-inline void super_blocks(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
-  const int64_t blocks = w.columns / kBlock;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const uint8_t* run = work.scales + b * scale_bytes_of(K);
-    Ints sums[M] = {}, lows[M] = {};
-    for (int64_t g = b * 8; g < b * 8 + 8; ++g) {
-      Bytes v[8];
-      unpack<K>(work.quants + g * quant_bytes_of(K), v);
-      if constexpr (kSixteen<K>) {
-        Ints first, second;
-        Words minimums;
-        half_scales<K>(run, work.half, static_cast<int>(g - b * 8), first, second, minimums);
-        UNROLL for (int m = 0; m < M; ++m) {
-          const int8_t* x = work.q[m] + g * kGroup;
-          sums[m] += dot<4, kBits<K>>(start<K>(work, m, 2 * g), v, x) * first;
-          sums[m] += dot<4, kBits<K>>(start<K>(work, m, 2 * g + 1), v + 4, x + 16) * second;
-          if constexpr (K == Kind::q2_k) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(work.sum16[m] + 2 * g));
-        }
-      } else {
-        const Ints scale = widen(run + (g - b * 8) * kPanel + work.half * kLanes);
-        UNROLL for (int m = 0; m < M; ++m) {
-          sums[m] += dot<8, kBits<K>>(Ints{}, v, work.q[m] + g * kGroup) * scale;
-        }
-      }
-    }
-    const Floats d = halves(run + 256 + work.half * 2 * kLanes);
-    if constexpr (!kMinimums<K>) {
-      UNROLL for (int m = 0; m < M; ++m) total[m] = fma(to_floats(sums[m]), d * all(work.steps[m][b]), total[m]);
+inline void block_of_16(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]) {
+  Ints sums[M] = {}, lows[M] = {};
+  for (int g = 0; g < 8; ++g) {
+    Bytes v[8];
+    unpack<K>(quants + g * quant_bytes_of(K), v);
+    Ints first, second;
+    if constexpr (K == Kind::q6_k) {
+      first = widen_signed(part.ones(run + 2 * g * kPanel));
+      second = widen_signed(part.ones(run + (2 * g + 1) * kPanel));
     } else {
-      const Floats dmin = halves(run + 288 + work.half * 2 * kLanes);
-      UNROLL for (int m = 0; m < M; ++m) {
-        if constexpr (!kSixteen<K>) {
-          UNROLL for (int j = 0; j < 4; ++j) {
-            const int32_t pair = load<int32_t>(work.sum32[m] + b * 8 + 2 * j);
-            lows[m] = add_pairs(lows[m], pairs(run + 128 + j * 2 * kPanel + work.half * 2 * kLanes), pair);
-          }
-        }
-        const Floats step = all(work.steps[m][b]);
-        total[m] = fma(to_floats(sums[m]), d * step, total[m]);
-        total[m] = fma(to_floats(lows[m]), -(dmin * step), total[m]);
+      const Words both = pairs(part.twos(run + g * 2 * kPanel));
+      first = K == Kind::q2_k ? (Ints)both & 15 : (Ints)both << 24 >> 24;
+      second = K == Kind::q2_k ? (Ints)both >> 16 & 15 : (Ints)both << 8 >> 24;
+      if constexpr (K == Kind::q2_k) {
+        const Words minimums = both >> 4;
+        UNROLL for (int m = 0; m < M; ++m) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(x[m]->sum16 + 2 * g));
       }
+    }
+    UNROLL for (int m = 0; m < M; ++m) {
+      const int8_t* q = x[m]->q + g * kGroup;
+      sums[m] += dot<4, kBits<K>>(start<K>(*x[m], 2 * g), v, q) * first;
+      sums[m] += dot<4, kBits<K>>(start<K>(*x[m], 2 * g + 1), v + 4, q + 16) * second;
+    }
+  }
+  add_block<K>(part, run, x, sums, lows, total);
+}
+
+#if MIXTRAL_LANES == 16
+
+// Quants times scales: in Q2_K and Q3_K they fit in a byte, and with enough rows it pays to multiply the weights.
+constexpr int kProduct = 124;  // added to the products of Q3_K, -124 to 128
+
+// `both`: the scales of the two halves of a group, as pairs of words.
+template <Kind K>
+inline void products(const uint8_t* quants, Words both, Bytes* v) {
+  unpack<K>(quants, v);
+  const Ints pair = (Ints)both;
+  if constexpr (K == Kind::q2_k) {
+    // The four products of each of four rows in a table of 16 bytes.
+    const Bytes row = (Bytes)(Ints{0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3} * 0x04040404);
+    const Bytes first = (Bytes)((pair & 15) * 0x03020100), second = (Bytes)((pair >> 16 & 15) * 0x03020100);
+    for (int j = 0; j < 8; ++j) v[j] = look_up(j < 4 ? first : second, v[j] | row);
+  } else {
+    // Two in a word: the carries of the sums undo those of the products.
+    const Words first = (Words)((pair & 0xFFFF) | pair << 16), second = (Words)((pair & -65536) | (pair >> 16 & 0xFFFF));
+    const Words add_first = (kProduct - 4 * first) * 257, add_second = (kProduct - 4 * second) * 257;
+    for (int j = 0; j < 8; ++j) {
+      v[j] = (Bytes)((Words)v[j] * (j < 4 ? first : second) + (j < 4 ? add_first : add_second));
     }
   }
 }
 
 template <Kind K, int M>
-inline void groups(const Panels& w, const Work<M>& work, Floats (&total)[M]) {
-  const int64_t parts = w.group / kGroup;
-  for (int64_t g = 0; g < w.columns / w.group; ++g) {
-    const uint8_t* run = work.scales + g * 48;
-    const Ints zero = widen(run + 32 + work.half * kLanes);
+inline void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]) {
+  Ints sums[M] = {}, lows[M] = {};
+  if constexpr (K == Kind::q3_k) {
+    UNROLL for (int m = 0; m < M; ++m) sums[m] = all(-kProduct * x[m]->sum);
+  }
+  for (int g = 0; g < 8; ++g) {
+    Bytes v[8];
+    const uint8_t* scales = part.twos(run + g * 2 * kPanel);
+    const Words both = K == Kind::q2_k ? pairs(scales) : pairs_signed(scales);
+    products<K>(quants + g * quant_bytes_of(K), both, v);
+    add_dots<8, 8>(sums, v, x, g * kGroup);
+    if constexpr (K == Kind::q2_k) {
+      const Words minimums = both >> 4;
+      UNROLL for (int m = 0; m < M; ++m) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(x[m]->sum16 + 2 * g));
+    }
+  }
+  add_block<K>(part, run, x, sums, lows, total);
+}
+
+#endif
+
+template <Kind K, int M>
+inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[M]) {
+  const uint8_t* quants = part.quants(w.quants(panel));
+  const uint8_t* run = w.scales(panel);
+  for (int64_t b = 0; b < w.columns / kBlock; ++b, quants += 8 * quant_bytes_of(K), run += scale_bytes_of(K)) {
+#if MIXTRAL_LANES == 16
+    if constexpr ((K == Kind::q2_k || K == Kind::q3_k) && M >= 4) {
+      block_of_products<K>(part, quants, run, x, total);
+    } else
+#endif
+        if constexpr (kSixteen<K>) {
+      block_of_16<K>(part, quants, run, x, total);
+    } else {
+      block_of_32<K>(part, quants, run, x, total);
+    }
+    for (int m = 0; m < M; ++m) x[m] += next;
+  }
+}
+
+template <Kind K, int M>
+inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[M]) {
+  const uint8_t* quants = part.quants(w.quants(panel));
+  const uint8_t* run = w.scales(panel);
+  const int parts = static_cast<int>(w.group / kGroup);
+  int at = 0;  // in the block, in groups of 32 columns
+  for (int64_t g = 0; g < w.columns / w.group; ++g, run += scale_bytes_of(K)) {
+    const Ints zero = widen(part.ones(run + 32));
     Ints sums[M] = {};
-    for (int64_t i = g * parts; i < g * parts + parts; ++i) {
+    for (int i = 0; i < parts; ++i, ++at, quants += quant_bytes_of(K)) {
       Bytes v[8];
-      unpack<K>(work.quants + i * quant_bytes_of(K), v);
-      UNROLL for (int m = 0; m < M; ++m) {
-        sums[m] += dot<8, kBits<K>>(Ints{}, v, work.q[m] + i * kGroup) - zero * static_cast<int32_t>(work.sum32[m][i]);
+      unpack<K>(quants, v);
+      // The zeros times one sum of a pair: of which one, its place says.
+      const Words zeros = (Words)(at % 2 ? -zero << 16 : -zero & 0xFFFF);
+      UNROLL for (int m = 0; m < M; ++m) sums[m] = add_pairs(sums[m], zeros, load<int32_t>(x[m]->sum32 + at / 2 * 2));
+      if constexpr (M >= 4) {
+        add_dots<8, kBits<K>>(sums, v, x, at * kGroup);
+      } else {
+        // Few sums at a time: do not wait for those of the columns before.
+        Ints dots[M] = {};
+        add_dots<8, kBits<K>>(dots, v, x, at * kGroup);
+        UNROLL for (int m = 0; m < M; ++m) sums[m] += dots[m];
       }
     }
-    const Floats d = halves(run + work.half * 2 * kLanes);
-    UNROLL for (int m = 0; m < M; ++m) {
-      total[m] = fma(to_floats(sums[m]), d * all(work.steps[m][g * w.group / kBlock]), total[m]);
+    const Floats d = halves(part.twos(run));
+    UNROLL for (int m = 0; m < M; ++m) total[m] = fma(to_floats(sums[m]), d * all(x[m]->scale), total[m]);
+    if (at == kBlock / kGroup) {
+      at = 0;
+      for (int m = 0; m < M; ++m) x[m] += next;
     }
   }
 }
 
 template <Kind K, int M>
 void some_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* rows, float* out, int64_t stride) {
-  for (int half = 0; half < kParts; ++half) {
-    const Work<M> work(w, panel, half, a, rows);
+  for (int number = 0; number < kParts; ++number) {
+    Rows<M> x;
+    for (int m = 0; m < M; ++m) x[m] = &a.at(rows[m], 0);
     Floats total[M] = {};
     if constexpr (K < Kind::g4) {
-      super_blocks<K, M>(w, work, total);
+      super_blocks<K, M>(w, panel, Part{number}, x, a.rows, total);
     } else {
-      groups<K, M>(w, work, total);
+      groups<K, M>(w, panel, Part{number}, x, a.rows, total);
     }
-    for (int m = 0; m < M; ++m) __builtin_memcpy(out + m * stride + half * kLanes, &total[m], sizeof total[m]);
+    for (int m = 0; m < M; ++m) __builtin_memcpy(out + m * stride + number * kLanes, &total[m], sizeof total[m]);
   }
 }
 
@@ -390,8 +321,7 @@ inline int32_t sum_of_16(const int8_t* q) {
 }
 
 // Simple loops, which the compiler turns into vector code.
-void round(const float* values, int count, const Rounded& to, int64_t row, int64_t block) {
-  const int64_t at = row * to.columns + block * kBlock;
+void round(const float* values, int count, RoundedBlock& to) {
   // As integers, sizes are in the same order, and infinity and NaN above all others.
   int32_t size = 0;
   for (int i = 0; i < count; ++i) {
@@ -401,35 +331,23 @@ void round(const float* values, int count, const Rounded& to, int64_t row, int64
   float largest;
   __builtin_memcpy(&largest, &size, sizeof largest);
   const bool finite = size < 0x7F800000, something = finite && largest >= kSmallest;
-  to.scales[row * to.blocks() + block] = finite ? (something ? largest / 127.0f : 0.0f) : __builtin_nanf("");
-  int8_t* q = to.q + at;
-  if (something) {
-    const float inverse = 127.0f / largest;
-    // The nearest integer, ties to even: a sum of this size has no bits left for a fraction, and its last byte is it.
-    for (int i = 0; i < count; ++i) q[i] = static_cast<int8_t>(bits_of(values[i] * inverse + 12582912.0f));
-  } else {
-    for (int i = 0; i < count; ++i) q[i] = 0;
+  to.scale = finite ? (something ? largest / 127.0f : 0.0f) : __builtin_nanf("");
+  const int used = something ? count : 0;
+  const float inverse = 127.0f / largest;
+  // The nearest integer, ties to even: a sum of this size has no bits left for a fraction, and its last byte is it.
+  for (int i = 0; i < used; ++i) to.q[i] = static_cast<int8_t>(bits_of(values[i] * inverse + 12582912.0f));
+  for (int i = used; i < kBlock; ++i) to.q[i] = 0;
+  to.sum = 0;
+  for (int g = 0; g < kBlock / 16; ++g) {
+    const int32_t sum = sum_of_16(to.q + 16 * g);
+    to.low16[g] = -32 * sum;
+    to.sum16[g] = static_cast<int16_t>(sum);
+    to.sum += sum;
   }
-  for (int g = 0; g < count / 16; ++g) {
-    const int32_t sum = sum_of_16(q + 16 * g);
-    to.low16[at / 16 + g] = -32 * sum;
-    to.sum16[at / 16 + g] = static_cast<int16_t>(sum);
-  }
-  for (int g = 0; g < count / kGroup; ++g) {
-    to.sum32[at / kGroup + g] = static_cast<int16_t>(to.sum16[at / 16 + 2 * g] + to.sum16[at / 16 + 2 * g + 1]);
-  }
+  for (int g = 0; g < kBlock / kGroup; ++g) to.sum32[g] = static_cast<int16_t>(to.sum16[2 * g] + to.sum16[2 * g + 1]);
 }
 
 // --- silu(gate) * up -------------------------------------------------------------------------------------------------
-
-// exp(x) for |x| <= 87, relative error below 2^-22: 2^n times a polynomial in the rest; products and sums only.
-inline Floats exponential(Floats x) {
-  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
-  const Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
-  Floats p = all(1.0f / 720);
-  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
-}
 
 void swiglu(const float* gate, const float* up, float* out, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes) {

@@ -1,4 +1,4 @@
-// Vectors of MIXTRAL_LANES numbers for dense.cpp, attention.cpp and rows.cpp, and rows of 16 of them.
+// Vectors of MIXTRAL_LANES numbers for the kernels, and rows of 16 of them.
 //
 // A sum over many columns is kept as 16 numbers, and these are added in one fixed tree, so that the width of a register
 // changes no result. Everything is internal to the including file: a copy made for wide registers must never serve a
@@ -91,7 +91,7 @@ inline Ints quads(Ints sum, Ints a, Ints b) {
 
 // sum + the two products of bfloat16 pairs, for every lane: the odd one first, then the even one, each sum rounded, and
 // subnormal numbers as zero. (A product of two bfloat16 is exact.)
-inline Floats pairs(Floats sum, Ints a, Ints b) {
+inline Floats bf16_pairs(Floats sum, Ints a, Ints b) {
 #ifdef MIXTRAL_BF16
   return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 #else

@@ -11,23 +11,30 @@
 
 namespace mixtral {
 
-// Rows of rounded activations: q [rows, columns], scales [rows, blocks], and sums of q over 16 columns (also times -32,
-// as Q6_K needs them) and over 32 columns. A block with a number that is not finite has the scale NaN.
+// 256 columns of a row of rounded activations, with sums of q over 16 columns (also times -32, as Q6_K needs them), over
+// 32 and over all. The scale is NaN if a number is not finite. Columns beyond the last one are zero.
+struct alignas(64) RoundedBlock {
+  int8_t q[kBlock];
+  int32_t low16[kBlock / 16];
+  int16_t sum16[kBlock / 16];
+  int16_t sum32[kBlock / kGroup];
+  int32_t sum;
+  float scale;
+};
+
+// Rounded activations, [blocks, rows]: the rows that a kernel works on at a time are neighbours in memory, in each block.
 struct Rounded {
-  int64_t columns;
-  int8_t* q;
-  float* scales;
-  int32_t* low16;
-  int16_t* sum16;
-  int16_t* sum32;
+  int64_t rows, columns;
+  RoundedBlock* data;
 
   int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  RoundedBlock& at(int64_t row, int64_t block) const { return data[block * rows + row]; }
 };
 
 // One instruction set.
 struct GemmTable {
-  // Rounds `count` values (a multiple of 32, at most 256) of a row: block number `block` of row `row`.
-  void (*round)(const float* values, int count, const Rounded& to, int64_t row, int64_t block);
+  // Rounds `count` values (at most 256).
+  void (*round)(const float* values, int count, RoundedBlock& to);
   // out[i * stride + n] for the 16 rows n of a panel and the activation rows[i], i < count. Writes all 16.
   void (*panel)(const Panels& weights, int64_t panel, const Rounded& a, const int32_t* rows, int64_t count, float* out,
                 int64_t stride);
