@@ -172,7 +172,7 @@ def test_what_a_library_prints_does_not_mix_with_the_answers() -> None:
 
 
 def test_the_peers_know_nothing_of_mixtral() -> None:
-    """Their interpreters have no mixtral, and the names in the folder of the script must not hide modules of theirs."""
+    """Their interpreters have none."""
     code = "import sys; sys.modules['mixtral'] = None; import runpy; runpy.run_path(sys.argv[1])"
     found = subprocess.run(
         [sys.executable, "-I", "-c", code, peers.__file__], capture_output=True, text=True, check=False, timeout=60
@@ -180,10 +180,23 @@ def test_the_peers_know_nothing_of_mixtral() -> None:
     assert found.returncode == 0, found.stderr
 
 
+def test_our_names_do_not_hide_modules_of_a_peer(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text("import sys\nraise ImportError('|'.join(sys.path))\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    script = f"{code}sys.path.insert(0, {str(Path(peers.__file__).parent)!r}); sys.argv[1:] = ['llama.cpp']\n"
+    command = [sys.executable, "-c", f"{script}import runpy; runpy.run_path({peers.__file__!r}, run_name='__main__')"]
+    found = subprocess.run(
+        command, input=json.dumps(SETTINGS) + "\n", capture_output=True, text=True, check=False, timeout=60
+    )
+    path = json.loads(found.stdout)["missing"].split("|")
+    assert str(tmp_path) in path
+    assert str(Path(peers.__file__).parent) not in path
+
+
 @pytest.mark.parametrize("name", ["llama.cpp", "vllm"])
 def test_a_peer_that_is_missing_is_told_by_the_script(name: str) -> None:
     module = {"llama.cpp": "llama_cpp", "vllm": "vllm"}[name]
-    code = f"import sys, runpy; sys.modules[{module!r}] = None; sys.argv[0] = sys.argv.pop(1); sys.path.insert(0, '')\n"
+    code = f"import sys, runpy; sys.modules[{module!r}] = None; sys.argv[0] = sys.argv.pop(1)\n"
     command = [sys.executable, "-c", f"{code}runpy.run_path(sys.argv[0], run_name='__main__')", peers.__file__, name]
     found = subprocess.run(
         command, input=json.dumps(SETTINGS) + "\n", capture_output=True, text=True, check=False, timeout=60

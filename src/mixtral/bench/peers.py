@@ -268,8 +268,9 @@ _SIDES: dict[str, Callable[[dict[str, Any]], Side]] = {
 
 def main() -> None:
     """Serve as the peer that the first argument names."""
-    # The folder of this file comes first on the path, and its names must not hide modules of the peer.
-    del sys.path[0]
+    # The folder of a script comes first on the path, and the names in ours must not hide modules of the peer.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [place for place in sys.path if os.path.abspath(place) != here]
     serve(_SIDES[sys.argv[1]])
 
 
