@@ -22,7 +22,7 @@ def rows(config: MixtralConfig, *sides: str) -> list[Row]:
     weights = Weights(config, 1000, 1000, 1000, (4000, 4000), ("Q4_K",))
     limits = Limits(2, "a", 30e9, 1e12, 1e12, None)
     return [
-        row_of(Measured(work, {side: [[1.0], [2.0]] for side in sides}, [2.0, 2.0], limits), weights, turns=2)
+        row_of(Measured(work, {side: [[1.0], [2.0]] for side in sides}, [2.0, 2.0], limits, {}), weights, turns=2)
         for work in (Work("decode", 8, 1, 1), Work("prefill", 512, 1, 0))
     ]
 

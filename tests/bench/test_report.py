@@ -23,7 +23,7 @@ def weights(tiny_config: MixtralConfig) -> Weights:
 
 
 def measured(**seconds: list[list[float]]) -> Measured:
-    return Measured(Work("batch", 8, 4, 2), seconds, [2.0, 3.0], LIMITS)
+    return Measured(Work("batch", 8, 4, 2), seconds, [2.0, 3.0], LIMITS, dict.fromkeys(seconds, 0.04))
 
 
 def test_speeds_are_those_of_whole_turns(weights: Weights) -> None:
@@ -75,6 +75,13 @@ def test_the_table(weights: Weights) -> None:
     assert len(lines(alone)) == 3
 
 
+def test_a_machine_that_was_busy_with_other_things_is_told(weights: Weights) -> None:
+    found = measured(mixtral=[[1.0, 1.0]], peer=[[4.0]], third=[[4.0]])
+    row = row_of(replace(found, others={"mixtral": 0.06, "peer": 0.5, "third": None}), weights, turns=1)
+    told = "too slow: other programs took part of the processors, 6% while mixtral worked, 50% while peer worked"
+    assert lines(row)[-1].strip() == told
+
+
 def test_the_json_holds_everything_measured(weights: Weights) -> None:
     row = row_of(measured(mixtral=[[1.0, 1.0]], peer=[[4.0]]), weights, turns=1)
     found = json.loads(json.dumps(to_json([row], command="mixtral bench batch", date="2026-11-01")))
@@ -95,5 +102,6 @@ def test_the_json_holds_everything_measured(weights: Weights) -> None:
     side = work["sides"]["peer"]
     assert side["tokens_per_second"] == {"median": 2.0, "min": 2.0, "max": 2.0}
     assert side["seconds"] == [[4.0]]
+    assert side["processors_taken_by_others"] == 0.04
     assert side["share_of_read_limit"] == pytest.approx(side["bytes_per_second"] / 30e9)
     assert side["share_of_product_limit"] == pytest.approx(side["operations_per_second"] / 0.9e12)

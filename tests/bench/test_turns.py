@@ -52,6 +52,8 @@ def test_the_sides_take_turns_and_the_first_turn_is_not_counted(tmp_path: Path) 
     ]
     assert found.seconds == {"mixtral": [[0.25, 0.25]] * 2, "peer": [[0.25, 0.25]] * 2}
     assert found.experts == [2.0, 3.0]
+    assert all(share is None or 0 <= share <= 1 for share in found.others.values())
+    assert list(found.others) == ["mixtral", "peer"]
     assert found.limits.read == 1.0  # the better one of before and after
     assert told == [
         *("mixtral: loading the model", "peer: loading the model"),

@@ -73,6 +73,8 @@ def row_of(measured: Measured, weights: Weights, *, turns: int) -> Row:
     )
 
 
+_DISTURBED = 0.05  # of the processors: what others may take without a word
+
 HEADER = (
     f"{'':16}{'':14}{'tokens/s':>10}{'lowest':>9}{'highest':>9}{'GB/s':>8}{'of limit':>10}{'TOPS':>8}{'of limit':>10}"
     f"{'ratio':>8}"
@@ -100,6 +102,10 @@ def lines(row: Row) -> list[str]:
         f"{'':16}limits: {row.measured.limits.read / 1e9:.1f} GB/s, {row.peak / 1e12:.3f} TOPS in {row.products}; "
         f"{row.roof:.2f} tokens/s"
     )
+    taken = {side: share for side, share in row.measured.others.items() if share is not None and share > _DISTURBED}
+    if taken:
+        told = ", ".join(f"{share:.0%} while {side} worked" for side, share in taken.items())
+        found.append(f"{'':16}too slow: other programs took part of the processors, {told}")
     return found
 
 
@@ -137,5 +143,6 @@ def _side(row: Row, side: str) -> dict[str, Any]:
         "operations_per_second": figures.operations_per_second,
         "share_of_read_limit": memory,
         "share_of_product_limit": products,
+        "processors_taken_by_others": row.measured.others[side],
         "seconds": row.measured.seconds[side],
     }

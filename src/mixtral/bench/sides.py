@@ -155,6 +155,11 @@ class Side:
             raise BenchError(f"{self.name}: {str(found['error'])[:_SHOWN]}{self._said()}")
         return found
 
+    @property
+    def group(self) -> int:
+        """The number of the process group that it and what it started are."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the process."""
         self._signal(signal.SIGKILL)

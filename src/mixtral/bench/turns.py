@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mixtral.bench.limits import Limits
+from mixtral.bench.others import Watch
 from mixtral.bench.sides import Side
 from mixtral.bench.work import Work
 from mixtral.config import MixtralConfig
@@ -34,18 +35,21 @@ class Command:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One piece of work: by side the seconds of each turn's steps (one number, where only the whole is timed); how many
-    experts of each layer a unit used, on average; the limits of the machine meanwhile."""
+    experts of each layer a unit used, on average; the limits of the machine meanwhile; by side what others took of its
+    processors while that side worked, 0 to 1, None where nobody knows."""
 
     work: Work
     seconds: Mapping[str, list[list[float]]]
     experts: list[float]
     limits: Limits
+    others: Mapping[str, float | None]
 
 
 @dataclass(slots=True)
 class _Turns:
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     experts: list[list[float]] = field(default_factory=list)
+    others: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 def check(config: MixtralConfig, work: Sequence[Work], turns: int) -> None:
@@ -116,12 +120,18 @@ def take_turns(
             told(f"{work.name}: {side.name} reads its prompt")
         request = {"do": "prepare", "work": {**work.to_json(), "cells": work.cells(turns)}}
         side.ask({**request, "prompts": work.prompts(0, vocab_size) if fills else []})
-    found = _Turns({side.name: [] for side in running})
+    found = _Turns({side.name: [] for side in running}, others={side.name: [] for side in running})
     for turn in range(turns + 1):
         told(f"{work.name}: " + (f"turn {turn} of {turns}" if turn else "warm-up"))
         _turn(running, work, turn, vocab_size, found)
     experts = [sum(counts) / len(counts) for counts in zip(*found.experts, strict=True)]
-    return Measured(work, found.seconds, experts, before.best(limits()))
+    others = {side: _mean(shares) for side, shares in found.others.items()}
+    return Measured(work, found.seconds, experts, before.best(limits()), others)
+
+
+def _mean(shares: Sequence[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _turn(running: Sequence[Side], work: Work, turn: int, vocab_size: int, found: _Turns) -> None:
@@ -129,13 +139,16 @@ def _turn(running: Sequence[Side], work: Work, turn: int, vocab_size: int, found
     prompts = [] if work.kind == "context" else work.prompts(turn, vocab_size)
     fed: list[list[int]] = []
     for side in running:
+        watch = Watch(side.group)
         answer = side.ask({"do": "run", "prompts": prompts, "fed": fed})
+        share = watch.share()
         seconds = _seconds(answer.get("seconds"), work, side.name)
         if side.name == OURS:
             fed, experts = answer["fed"], answer["experts"]
             found.experts += [experts] if turn else []
         if turn:
             found.seconds[side.name].append(seconds)
+            found.others[side.name].append(share)
 
 
 def _seconds(given: Any, work: Work, side: str) -> list[float]:
