@@ -10,7 +10,8 @@
     ├── RequestError       a generation parameter is unknown, unsupported or out of range
     ├── CapacityError      the request does not fit the context or the memory it was given
     ├── NumericalError     the model produced NaN or infinity
-    └── TrainingError      a training run cannot start, continue or save
+    ├── TrainingError      a training run cannot start, continue or save
+    └── BenchError         a side of a comparison is missing, dies, hangs or answers nonsense
 
 A message says what was got, what is expected and what to do. ``code`` is stable and machine-readable; ``param`` names
 the field, when one field is to blame.
@@ -19,6 +20,7 @@ the field, when one field is to blame.
 from __future__ import annotations
 
 __all__ = [
+    "BenchError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
@@ -89,3 +91,9 @@ class TrainingError(MixtralError):
     """A training run cannot start, continue or save."""
 
     code = "training_failed"
+
+
+class BenchError(MixtralError):
+    """A side of a comparison is missing what it needs, dies, does not answer in time, or answers nonsense."""
+
+    code = "benchmark_failed"

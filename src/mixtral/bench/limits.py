@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mixtral.ops.memory import empty
-from mixtral.ops.native import module
+from mixtral.ops.native import level, module
 
 __all__ = ["Limits", "measure"]
 
@@ -65,7 +65,7 @@ def measure(threads: int, *, seconds: float = 0.5, memory_bytes: int | None = No
     buffer[::4096] = 1  # a page that was never written to is not read from memory
     return Limits(
         threads,
-        native.kernel_levels()[-1],
+        level(),
         native.read_speed(buffer, threads, seconds),
         native.peak_speed("int8", threads, seconds / 3),
         native.peak_speed("fp32", threads, seconds / 3),

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mixtral.cli import chat, convert, evaluate, generate, init, inspect, output, quantize, serve, train, verify
+from mixtral.cli import bench, chat, convert, evaluate, generate, init, inspect, output, quantize, serve, train, verify
 from mixtral.errors import MixtralError
 
 __all__ = ["app", "main"]
@@ -32,6 +32,7 @@ app.command("convert")(convert.run)
 app.command("quantize")(quantize.run)
 app.command("verify")(verify.run)
 app.command("init")(init.run)
+app.command("bench")(bench.run)
 app.command("serve")(serve.run)
 app.command("evaluate")(evaluate.run)
 app.add_typer(train.app, name="train")
