@@ -203,9 +203,10 @@ inline void block_of_products(Part part, const uint8_t* quants, const uint8_t* r
 
 template <Kind K, int M>
 inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[M]) {
-  const uint8_t* quants = part.quants(w.quants(panel));
-  const uint8_t* run = w.scales(panel);
-  for (int64_t b = 0; b < w.columns / kBlock; ++b, quants += 8 * quant_bytes_of(K), run += scale_bytes_of(K)) {
+  constexpr int64_t kRun = 8 * quant_bytes_of(K), kStride = (kRun + scale_bytes_of(K) + 63) / 64 * 64;
+  const uint8_t* block = w.panel(panel);
+  for (int64_t b = 0; b < w.columns / kBlock; ++b, block += kStride) {
+    const uint8_t *quants = part.quants(block), *run = block + kRun;
 #if MIXTRAL_LANES == 16
     if constexpr ((K == Kind::q2_k || K == Kind::q3_k) && M >= 4) {
       block_of_products<K>(part, quants, run, x, total);
@@ -222,8 +223,9 @@ inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, 
 
 template <Kind K, int M>
 inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[M]) {
-  const uint8_t* quants = part.quants(w.quants(panel));
-  const uint8_t* run = w.scales(panel);
+  const uint8_t* block = w.panel(panel);
+  const uint8_t *quants = part.quants(block), *run = block + w.scales_at();
+  const int64_t stride = w.stride();
   const int parts = static_cast<int>(w.group / kGroup);
   int at = 0;  // in the block, in groups of 32 columns
   for (int64_t g = 0; g < w.columns / w.group; ++g, run += scale_bytes_of(K)) {
@@ -248,6 +250,8 @@ inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_
     UNROLL for (int m = 0; m < M; ++m) total[m] = fma(to_floats(sums[m]), d * all(x[m]->scale), total[m]);
     if (at == kBlock / kGroup) {
       at = 0;
+      block += stride;
+      quants = part.quants(block), run = block + w.scales_at() - scale_bytes_of(K);
       for (int m = 0; m < M; ++m) x[m] += next;
     }
   }

@@ -234,18 +234,17 @@ void pack_panel(const Panels& shape, const uint8_t* blocks, uint8_t* out, int64_
   constexpr int64_t kSize = block_bytes_of(K);
   const int64_t per_row = shape.columns / kBlock, stride = per_row * kSize;
   uint8_t* quants = out + panel * shape.panel_bytes();
-  uint8_t* scales = quants + shape.quant_bytes();
   const int64_t rows = std::min<int64_t>(kPanel, shape.rows - panel * kPanel);
-  for (int64_t b = 0; b < per_row; ++b) {
+  for (int64_t b = 0; b < per_row; ++b, quants += shape.stride()) {
     const uint8_t* first = blocks + (panel * kPanel * per_row + b) * kSize;
-    uint8_t* run = scales + b * scale_bytes_of(K);
-    std::memset(run, 0, static_cast<size_t>(scale_bytes_of(K)));
+    uint8_t* run = quants + shape.scales_at();
+    std::memset(run, 0, static_cast<size_t>(shape.stride() - shape.scales_at()));
     for (int n = 0; n < rows; ++n) put_block_scales(K, first + n * stride, run, n);
     for (int g = 0; g < kBlock / kGroup; ++g) {
       Group q;
       for (int n = 0; n < rows; ++n) take_block_quants(K, first + n * stride, g, q[n]);
       for (int64_t n = rows; n < kPanel; ++n) std::memset(q[n], 0, sizeof q[n]);
-      put_quants(K, q, quants + (b * (kBlock / kGroup) + g) * quant_bytes_of(K));
+      put_quants(K, q, quants + g * quant_bytes_of(K));
     }
   }
 }
@@ -257,13 +256,14 @@ void unpack_panel(const Panels& panels, uint8_t* blocks, int64_t panel) {
   const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
   for (int64_t b = 0; b < per_row; ++b) {
     uint8_t* first = blocks + (panel * kPanel * per_row + b) * kSize;
+    const uint8_t* from = panels.panel(panel) + b * panels.stride();
     for (int n = 0; n < rows; ++n) {
       std::memset(first + n * stride, 0, static_cast<size_t>(kSize));
-      take_block_scales(K, panels.scales(panel) + b * scale_bytes_of(K), n, first + n * stride);
+      take_block_scales(K, from + panels.scales_at(), n, first + n * stride);
     }
     for (int g = 0; g < kBlock / kGroup; ++g) {
       Group q;
-      take_quants(K, panels.quants(panel) + (b * (kBlock / kGroup) + g) * quant_bytes_of(K), q);
+      take_quants(K, from + g * quant_bytes_of(K), q);
       for (int n = 0; n < rows; ++n) put_block_quants(K, q[n], g, first + n * stride);
     }
   }
@@ -302,23 +302,33 @@ void unpack_blocks(const Panels& panels, uint8_t* blocks, int threads) {
   });
 }
 
+namespace {
+
+// Quants of the 32 columns from k on, and the run of scales of a group, from the start of a panel.
+int64_t quants_at(const Panels& w, int64_t k) { return k / kBlock * w.stride() + k % kBlock / kGroup * quant_bytes_of(w.kind); }
+int64_t run_at(const Panels& w, int64_t group) {
+  const int64_t k = group * w.group;
+  return k / kBlock * w.stride() + w.scales_at() + k % kBlock / w.group * scale_bytes_of(w.kind);
+}
+
+}  // namespace
+
 void pack_groups(const Panels& shape, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, uint8_t* out,
                  int threads) {
   const int64_t groups = shape.columns / shape.group;
   parallel(shape.count(), threads, [&](int64_t panel) {
-    uint8_t* quants = out + panel * shape.panel_bytes();
-    uint8_t* runs = quants + shape.quant_bytes();
+    uint8_t* start = out + panel * shape.panel_bytes();
     const int64_t rows = std::min<int64_t>(kPanel, shape.rows - panel * kPanel);
-    std::memset(runs, 0, static_cast<size_t>(groups * shape.span_bytes()));
+    std::memset(start, 0, static_cast<size_t>(shape.panel_bytes()));
     for (int64_t k = 0; k < shape.columns; k += kGroup) {
       Group q = {};
       for (int n = 0; n < rows; ++n) std::memcpy(q[n], codes + (panel * kPanel + n) * shape.columns + k, kGroup);
-      uint8_t* to = quants + k / kGroup * shape.group_bytes();
+      uint8_t* to = start + quants_at(shape, k);
       shape.kind == Kind::g4 ? put_quants(Kind::g4, q, to) : put_quants(Kind::g8, q, to);
     }
     for (int n = 0; n < rows; ++n) {
       for (int64_t g = 0; g < groups; ++g) {
-        uint8_t* run = runs + g * shape.span_bytes();
+        uint8_t* run = start + run_at(shape, g);
         const int64_t at = (panel * kPanel + n) * groups + g;
         std::memcpy(run + 2 * n, scales + at, 2);
         run[32 + n] = zeros[at];
@@ -333,13 +343,13 @@ void unpack_groups(const Panels& panels, uint8_t* codes, uint16_t* scales, uint8
     const int64_t rows = std::min<int64_t>(kPanel, panels.rows - panel * kPanel);
     for (int64_t k = 0; k < panels.columns; k += kGroup) {
       Group q;
-      const uint8_t* from = panels.quants(panel) + k / kGroup * panels.group_bytes();
+      const uint8_t* from = panels.panel(panel) + quants_at(panels, k);
       panels.kind == Kind::g4 ? take_quants(Kind::g4, from, q) : take_quants(Kind::g8, from, q);
       for (int n = 0; n < rows; ++n) std::memcpy(codes + (panel * kPanel + n) * panels.columns + k, q[n], kGroup);
     }
     for (int n = 0; n < rows; ++n) {
       for (int64_t g = 0; g < groups; ++g) {
-        const uint8_t* run = panels.scales(panel) + g * panels.span_bytes();
+        const uint8_t* run = panels.panel(panel) + run_at(panels, g);
         const int64_t at = (panel * kPanel + n) * groups + g;
         std::memcpy(scales + at, run + 2 * n, 2);
         zeros[at] = run[32 + n];

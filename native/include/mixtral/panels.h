@@ -1,7 +1,8 @@
 // Weights as the kernels read them: panels of 16 rows, every quant and scale a permutation of what the file holds.
 //
-// A matrix [rows, columns] is cut into panels of 16 rows (the last one padded with zeros). A panel is a plane of quants
-// and, after it, a plane of scales. Quants come in groups of 32 columns as vectors of 64 bytes: byte 4n + i of vector j
+// A matrix [rows, columns] is cut into panels of 16 rows (the last one padded with zeros), and a panel into blocks of 256
+// columns: quants and, after them, scales. Memory is read in one run, which was a third faster than quants and scales in
+// two planes. Quants come in groups of 32 columns as vectors of 64 bytes: byte 4n + i of vector j
 // belongs to row n and column 4j + i of the group. Of 4 bits, vectors 2j and 2j + 1 share one as low and high nibbles.
 //
 //   kind  quants of a group                                      scales of a block of 256 columns, or of a group
@@ -48,15 +49,16 @@ struct Panels {
   int64_t rows, columns, group;
   const uint8_t* data;
 
-  int64_t group_bytes() const { return quant_bytes_of(kind); }
-  // Columns that share a run of scales, and its bytes.
+  // Columns that share a run of scales.
   int64_t span() const { return kind < Kind::g4 ? kBlock : group; }
-  int64_t span_bytes() const { return scale_bytes_of(kind); }
   int64_t count() const { return (rows + kPanel - 1) / kPanel; }
-  int64_t quant_bytes() const { return columns / kGroup * group_bytes(); }
-  int64_t panel_bytes() const { return quant_bytes() + columns / span() * span_bytes(); }
-  const uint8_t* quants(int64_t panel) const { return data + panel * panel_bytes(); }
-  const uint8_t* scales(int64_t panel) const { return quants(panel) + quant_bytes(); }
+  int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  // From a block to the next one; a multiple of 64. The last block of a row may be shorter, and is as large.
+  int64_t stride() const { return (scales_at() + kBlock / span() * scale_bytes_of(kind) + 63) / 64 * 64; }
+  // Where the scales of a block begin.
+  int64_t scales_at() const { return kBlock / kGroup * quant_bytes_of(kind); }
+  int64_t panel_bytes() const { return blocks() * stride(); }
+  const uint8_t* panel(int64_t number) const { return data + number * panel_bytes(); }
 };
 
 // GGML rows (Q2_K to Q6_K) into panels and back. `blocks` is [rows, bytes of a row].
