@@ -58,9 +58,22 @@ inline void unpack(const uint8_t* from, Bytes* v) {
 
 // --- one part of a panel, a block of M activation rows ---------------------------------------------------------------
 
-// A part of a panel: where its lanes begin in the quants and in scales of one, two and four bytes.
+// How far before their use quants are asked for that are in no cache: the processor itself reaches less far.
+constexpr int kAhead = 4096;
+
+// A part of a panel: where its lanes begin in the quants and in scales of one and two bytes. `ahead` is kAhead for the
+// first to read the panel, 0 for the others.
 struct Part {
-  int number;
+  int number, ahead;
+
+  // Always inlined, since GCC takes a call that returns and writes nothing for one that does nothing.
+  template <Kind K, int M>
+  [[gnu::always_inline]] inline void prefetch(const uint8_t* group) const {
+    // One or two rows of 8 bits do little but wait for memory, and more requests only delay it.
+    if constexpr (K == Kind::g8 && M <= 2) return;
+    if (M == 8 && ahead == 0) return;  // with few rows a branch costs more than requests for what is there
+    for (int i = 0; i < quant_bytes_of(K); i += 64) __builtin_prefetch(group + ahead + i);
+  }
 
   const uint8_t* quants(const uint8_t* panel) const { return panel + number * kBytes; }
   const uint8_t* ones(const uint8_t* run) const { return run + number * kLanes; }
@@ -104,6 +117,7 @@ inline void block_of_32(Part part, const uint8_t* quants, const uint8_t* run, co
   Ints sums[M] = {}, lows[M] = {};
   for (int g = 0; g < 8; ++g) {
     Bytes v[8];
+    part.prefetch<K, M>(quants + g * quant_bytes_of(K));
     unpack<K>(quants + g * quant_bytes_of(K), v);
     const Ints scale = widen(part.ones(run + g * kPanel));
     Ints dots[M] = {};
@@ -131,6 +145,7 @@ inline void block_of_16(Part part, const uint8_t* quants, const uint8_t* run, co
   Ints sums[M] = {}, lows[M] = {};
   for (int g = 0; g < 8; ++g) {
     Bytes v[8];
+    part.prefetch<K, M>(quants + g * quant_bytes_of(K));
     unpack<K>(quants + g * quant_bytes_of(K), v);
     Ints first, second;
     if constexpr (K == Kind::q6_k) {
@@ -189,6 +204,7 @@ inline void block_of_products(Part part, const uint8_t* quants, const uint8_t* r
     Bytes v[8];
     const uint8_t* scales = part.twos(run + g * 2 * kPanel);
     const Words both = K == Kind::q2_k ? pairs(scales) : pairs_signed(scales);
+    part.prefetch<K, M>(quants + g * quant_bytes_of(K));
     products<K>(quants + g * quant_bytes_of(K), both, v);
     add_dots<8, 8>(sums, v, x, g * kGroup);
     if constexpr (K == Kind::q2_k) {
@@ -233,6 +249,7 @@ inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_
     Ints sums[M] = {};
     for (int i = 0; i < parts; ++i, ++at, quants += quant_bytes_of(K)) {
       Bytes v[8];
+      part.prefetch<K, M>(quants);
       unpack<K>(quants, v);
       // The zeros times one sum of a pair: of which one, its place says.
       const Words zeros = (Words)(at % 2 ? -zero << 16 : -zero & 0xFFFF);
@@ -258,15 +275,17 @@ inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_
 }
 
 template <Kind K, int M>
-void some_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* rows, float* out, int64_t stride) {
+void some_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* rows, bool first, float* out,
+               int64_t stride) {
   for (int number = 0; number < kParts; ++number) {
+    const Part part{number, first && number == 0 ? kAhead : 0};
     Rows<M> x;
     for (int m = 0; m < M; ++m) x[m] = &a.at(rows[m], 0);
     Floats total[M] = {};
     if constexpr (K < Kind::g4) {
-      super_blocks<K, M>(w, panel, Part{number}, x, a.rows, total);
+      super_blocks<K, M>(w, panel, part, x, a.rows, total);
     } else {
-      groups<K, M>(w, panel, Part{number}, x, a.rows, total);
+      groups<K, M>(w, panel, part, x, a.rows, total);
     }
     for (int m = 0; m < M; ++m) __builtin_memcpy(out + m * stride + number * kLanes, &total[m], sizeof total[m]);
   }
@@ -276,10 +295,10 @@ template <Kind K>
 void all_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* rows, int64_t count, float* out,
               int64_t stride) {
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) some_rows<K, 8>(w, panel, a, rows + i, out + i * stride, stride);
-  if (count - i >= 4) some_rows<K, 4>(w, panel, a, rows + i, out + i * stride, stride), i += 4;
-  if (count - i >= 2) some_rows<K, 2>(w, panel, a, rows + i, out + i * stride, stride), i += 2;
-  if (count - i >= 1) some_rows<K, 1>(w, panel, a, rows + i, out + i * stride, stride);
+  for (; i + 8 <= count; i += 8) some_rows<K, 8>(w, panel, a, rows + i, i == 0, out + i * stride, stride);
+  if (count - i >= 4) some_rows<K, 4>(w, panel, a, rows + i, i == 0, out + i * stride, stride), i += 4;
+  if (count - i >= 2) some_rows<K, 2>(w, panel, a, rows + i, i == 0, out + i * stride, stride), i += 2;
+  if (count - i >= 1) some_rows<K, 1>(w, panel, a, rows + i, i == 0, out + i * stride, stride);
 }
 
 void panel(const Panels& w, int64_t number, const Rounded& a, const int32_t* rows, int64_t count, float* out,
