@@ -16,6 +16,7 @@ from mixtral.ops import native
 from mixtral.ops.native import kernel_levels, module
 from mixtral.quant.encode import encode_rows
 from mixtral.quant.formats import FORMATS as FORMATS_OF_FILES
+from mixtral.quant.mixes import MIXES
 from mixtral.quant.modules import PackedExperts, PackedLinear
 from mixtral.quant.packed import Blocks, Groups, Packed
 from mixtral.quant.panels import Panels, to_panels
@@ -272,6 +273,13 @@ def test_what_has_no_kernel_stays_as_it_is() -> None:
     assert to_panels(Groups(4, codes, scales.half(), order=mixed)) is None
     assert to_panels(Groups(4, codes, torch.rand(16, 8).half())) is None  # groups of 16
     assert to_panels(Blocks("Q4_1", encode_rows(values(16, 256), "Q4_1"))) is None
+
+
+@pytest.mark.parametrize("name", [name for name in MIXES if name.endswith(("_k", "_s", "_m", "q4_0", "q8_0"))])
+def test_every_matrix_of_a_mix_has_a_kernel(name: str) -> None:
+    mix = MIXES[name]
+    for form in {mix.base, mix.keys, mix.out, mix.head, *(mix.down(layer, 32) for layer in range(32))}:
+        assert to_panels(Blocks(form, encode_rows(values(16, 256), form))) is not None, form
 
 
 def test_wrong_calls_are_refused() -> None:
