@@ -100,7 +100,7 @@ class CompiledLayer(nn.Module):
             route = ops.route(normed_TD, router.weight, router.per_token)
             mixed_TD = mixture.experts(normed_TD.to(norm.weight.dtype), route)
             return x_TD + mixed_TD, route
-        rows, weight_ED = len(x_TD), router.weight.detach()
+        rows, weight_ED = len(x_TD), _float32(router.weight)
         out_TD, logits_TE = torch.empty_like(x_TD), torch.empty((rows, len(weight_ED)))
         picks_TA = torch.empty((rows, router.per_token), dtype=torch.int64)
         weights_TA = torch.empty((rows, router.per_token))
