@@ -1,15 +1,18 @@
 """What each number format costs on the embedded model; GGUF formats by us and by llama.cpp from one float16 file.
 
-    python benchmarks/quality.py --peer PYTHON [--tokens 3000]
+    python benchmarks/quality.py --peer PYTHON [--tokens 3000] [--kernels]
 
 PYTHON is an interpreter that has llama-cpp-python. Both files are run by our reference path in float32, on held-out
 documents of the town desk; folders of integers are only ours. Prints a table: file size, perplexity, Kullback-Leibler
-divergence from the float16 file.
+divergence from the float16 file. With ``--kernels`` it is our file that both programs run instead, we on compiled
+kernels with keys and values in float32 and in int8, llama.cpp with its defaults (keys and values in float16); the
+divergence is that from the same weights on our reference path, and from the float16 file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import tempfile
 from pathlib import Path
@@ -50,19 +53,59 @@ def documents(tokens: int) -> list[list[int]]:
     return found
 
 
-def logits(path: Path, texts: list[list[int]]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+Logits = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+def logits(path: Path, texts: list[list[int]]) -> Logits:
     """Logits after each token of each document, one after the other."""
-    llm = mixtral.load(path, dtype="float32", decode=True)
+    llm = mixtral.load(path, dtype="float32", decode=True, reference=True)
     return torch.cat([llm.logits(ids) for ids in texts]).numpy()
+
+
+PEER_LOGITS = """
+import json, os, sys
+import numpy as np
+import llama_cpp as L
+path, texts, target = sys.argv[1], json.load(open(sys.argv[2])), sys.argv[3]
+llm = L.Llama(path, n_ctx=max(map(len, texts)) + 8, logits_all=True, verbose=False, n_threads=2, n_batch=512)
+found = []
+for ids in texts:
+    llm.reset()
+    llm.eval(ids)
+    found.append(np.array(llm.scores[: len(ids)], np.float32))
+np.save(target, np.concatenate(found))
+"""
+
+
+def both(form: str, before: Logits, source: Path, folder: Path, texts: list[list[int]], peer: str) -> str:
+    """A line of the table of ``--kernels``: divergences of one file."""
+    path, ids = folder / "ours.gguf", [i for text in texts for i in text]
+    write(source, path, form)
+    exact = logits(path, texts)
+    (folder / "texts.json").write_text(json.dumps(texts))
+    command = [peer, "-c", PEER_LOGITS, str(path), str(folder / "texts.json"), str(folder / "theirs.npy")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = []
+    for kind in ("float32", "int8"):
+        llm = mixtral.load(path, dtype="float32", kv_dtype=kind)
+        found.append(torch.cat([llm.logits(text) for text in texts]).numpy())
+    found.append(np.load(folder / "theirs.npy"))
+    against_weights = [f"{compare(exact, one, ids).kl_mean:.6f}" for one in found]
+    against_source = [f"{compare(before, one, ids).kl_mean:.6f}" for one in found]
+    return f"| {form} | " + " | ".join(against_weights + against_source) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True)
     parser.add_argument("--tokens", type=int, default=3000)
+    parser.add_argument("--kernels", action="store_true")
     options = parser.parse_args()
     texts = documents(options.tokens)
     ids = [i for text in texts for i in text]
+    if options.kernels:
+        run_kernels(texts, options.peer)
+        return
     print(f"{len(texts)} documents, {len(ids):,} tokens; ours | llama.cpp")
     print("| format | MB | perplexity | KL, mean | KL, 99 % | same top token |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -82,6 +125,19 @@ def main() -> None:
             size = (folder / form / "model.safetensors").stat().st_size
             found = [(size, compare(before, logits(folder / form, texts), ids))]
             print(f"| {form} | " + " | ".join(cells(found[0])) + " |", flush=True)
+
+
+def run_kernels(texts: list[list[int]], peer: str) -> None:
+    """The table of ``--kernels``."""
+    print(f"{len(texts)} documents, {sum(map(len, texts)):,} tokens: mean KL from the same weights, and from float16")
+    print("| format | kernels | int8 cache | llama.cpp | kernels | int8 cache | llama.cpp |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name) / "source.gguf"
+        write(folder_of("embedded"), source, "f16")
+        before = logits(source, texts)
+        for form in ("bf16", "f16", *FORMS):
+            print(both(form, before, source, Path(name), texts, peer), flush=True)
 
 
 def cells(measured: tuple[int, Comparison]) -> list[str]:

@@ -169,10 +169,11 @@ def test_numbers_that_are_not_finite_reach_later_tokens_only(store: str, level: 
                     assert torch.equal(found[at + 1 :], expected[at + 1 :])
 
 
+@pytest.mark.parametrize("depth", [8192, pytest.param(65536, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("store", STORES)
-def test_a_late_large_score_takes_all(store: str) -> None:
-    """At a depth of 8,192: the last key but one outweighs everything that came before it."""
-    sizes, depth = Sizes(2, 1, 16), 8192
+def test_a_late_large_score_takes_all(store: str, depth: int) -> None:
+    """The last key but one outweighs everything that came before it."""
+    sizes = Sizes(2, 1, 16)
     qkv = random_qkv(sizes, depth, seed=5, scale=0.3)
     qkv[:, 32:48] *= 0.01
     flat = torch.zeros(1, 16)
