@@ -22,6 +22,7 @@ namespace {
 constexpr int kLanes = MIXTRAL_LANES, kParts = kPanel / kLanes, kBytes = 4 * kLanes;
 
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kBytes)));
 typedef float Floats __attribute__((vector_size(kBytes)));
 typedef uint8_t Bytes __attribute__((vector_size(kBytes)));
 typedef uint16_t Words __attribute__((vector_size(kBytes)));
@@ -53,7 +54,7 @@ inline Floats halves(const uint8_t* from) {
 }
 
 // The sum over 4N columns of quants (v) times activations (a), for every lane, on top of `sum`.
-template <int N, int Bits>
+template <int N, int Width>
 inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   __m512i total = (__m512i)sum;
   UNROLL for (int j = 0; j < N; ++j) {
@@ -76,17 +77,17 @@ inline Floats halves(const uint8_t* from) { return _mm256_cvtph_ps(_mm_loadu_si1
 inline Ints widen(const uint8_t* from) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
 inline Ints widen_signed(const uint8_t* from) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
 
-template <int N, int Bits>
+template <int N, int Width>
 inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   const __m256i ones = _mm256_set1_epi16(1);
   // vpmaddubsw adds two products in 16 bits, and so many of its results can be added before they overflow.
-  constexpr int kRun = Bits == 4 ? 8 : Bits == 5 ? 4 : 2;
+  constexpr int kRun = Width == 4 ? 8 : Width == 5 ? 4 : 2;
   __m256i total = (__m256i)sum;
   UNROLL for (int j = 0; j < N; j += kRun) {
     __m256i words = _mm256_setzero_si256();
     for (int i = j; i < j + kRun && i < N; ++i) {
       const __m256i x = _mm256_set1_epi32(load<int32_t>(a + 4 * i));
-      if constexpr (Bits == 8) {
+      if constexpr (Width == 8) {
         // 255 * 127 * 2 does not fit: the highest bit goes by itself.
         const __m256i high = _mm256_and_si256((__m256i)v[i], _mm256_set1_epi8(-128));
         const __m256i low = _mm256_andnot_si256(_mm256_set1_epi8(-128), (__m256i)v[i]);
@@ -96,7 +97,7 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
         words = _mm256_add_epi16(words, _mm256_maddubs_epi16((__m256i)v[i], x));
       }
     }
-    if constexpr (Bits != 8) total = _mm256_add_epi32(total, _mm256_madd_epi16(words, ones));
+    if constexpr (Width != 8) total = _mm256_add_epi32(total, _mm256_madd_epi16(words, ones));
   }
   return (Ints)total;
 }
@@ -131,7 +132,7 @@ inline Floats halves(const uint8_t* from) {
   return wide;
 }
 
-template <int N, int Bits>
+template <int N, int Width>
 inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   for (int j = 0; j < N; ++j) {
     for (int n = 0; n < kLanes; ++n) {
@@ -424,11 +425,12 @@ void round(const float* values, int count, const Rounded& to, int64_t row, int64
 
 // exp(x) for |x| <= 87, relative error below 2^-22: 2^n times a polynomial in the rest; products and sums only.
 inline Floats exponential(Floats x) {
-  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Floats sum = x * 1.44269504f + 12582912.0f, n = sum - 12582912.0f;
   const Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   Floats p = all(1.0f / 720);
   for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+  // The lowest bits of the sum are n. What is not a number has made p one that is none, whatever it is multiplied by.
+  return p * (Floats)(((Bits)sum + 127) << 23);
 }
 
 void swiglu(const float* gate, const float* up, float* out, int64_t count) {
