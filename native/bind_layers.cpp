@@ -37,7 +37,9 @@ std::vector<std::string> levels() {
 int64_t size(const auto& array, size_t axis) { return static_cast<int64_t>(array.shape(axis)); }
 
 mixtral::Input input_of(const Values& x, const std::optional<Vector>& norm, double eps) {
+  require_aligned(x, "x");
   require(!norm || norm->shape(0) == x.shape(1), "norm must have " + std::to_string(x.shape(1)) + " values");
+  if (norm) require_aligned(*norm, "norm");
   return {x.data(), size(x, 0), size(x, 1), norm ? norm->data() : nullptr, static_cast<float>(eps)};
 }
 
@@ -109,7 +111,8 @@ class Spans {
   explicit Spans(const std::vector<Each>& spans) {
     for (const auto& [pages, stored, count] : spans) {
       require(stored >= 0 && count > 0, "a sequence needs stored >= 0 and count > 0");
-      require(static_cast<int64_t>(pages.size()) * mixtral::kPage >= stored + count, "a sequence has too few pages");
+      const int64_t room = static_cast<int64_t>(pages.size()) * mixtral::kPage;
+      require(count <= room && stored <= room - count, "a sequence has too few pages");
       for (const int32_t page : pages) {
         require(page >= 0, "a page has a negative number");
         most_ = std::max<int64_t>(most_, page);
@@ -145,6 +148,7 @@ void attend(Values qkv, Values cosines, Values sines, const Spans& spans, Pages 
   require_shape(cosines, "cosines", tokens, head_size / 2);
   require_shape(sines, "sines", tokens, head_size / 2);
   require(size(store, 2) == heads.block_bytes(), "store must have blocks of " + std::to_string(heads.block_bytes()) + " bytes");
+  require_aligned(store, "store", alignof(float));
   require(spans.most() < size(store, 0), "a page is not in the store");
   const mixtral::Kernels& kernels = kernels_of(level);
   nb::gil_scoped_release release;
@@ -153,6 +157,8 @@ void attend(Values qkv, Values cosines, Values sines, const Spans& spans, Pages 
 }
 
 void norm_rows(Values x, Vector weight, double eps, Results out, const std::string& level) {
+  require_aligned(x, "x");
+  require_aligned(weight, "weight");
   require_shape(out, "out", size(x, 0), size(x, 1));
   require(weight.shape(0) == x.shape(1), "weight must have " + std::to_string(x.shape(1)) + " values");
   const mixtral::Kernels& kernels = kernels_of(level);

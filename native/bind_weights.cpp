@@ -21,8 +21,7 @@ class PackedMatrix : public Matrix {
   // Sizes that the kernels can work with, without data.
   static mixtral::Panels shape(int kind, int64_t rows, int64_t columns, int64_t group) {
     require(kind >= 0 && kind <= 6, "kind must be 0 to 6");
-    constexpr int64_t kMost = int64_t{1} << 31;
-    require(rows > 0 && columns > 0 && rows < kMost && columns < kMost, "sizes out of range");
+    require_sizes(rows, columns);
     if (static_cast<mixtral::Kind>(kind) >= mixtral::Kind::g4) {
       const bool known = group == 32 || group == 64 || group == 128 || group == 256;
       require(known && columns % group == 0, "a group is 32, 64, 128 or 256 columns, and a row is whole groups");
@@ -79,8 +78,7 @@ class DenseMatrix : public Matrix {
  private:
   static mixtral::Weights shape(int kind, int64_t rows, int64_t columns, const Plane& data) {
     require(kind >= 0 && kind <= 2, "kind must be 0 to 2");
-    constexpr int64_t kMost = int64_t{1} << 31;
-    require(rows > 0 && columns > 0 && rows < kMost && columns < kMost, "sizes out of range");
+    require_sizes(rows, columns);
     const mixtral::Dense dense{static_cast<mixtral::Float>(kind), rows, columns, data.data()};
     const int64_t size = rows * dense.row_bytes();
     require(static_cast<int64_t>(data.shape(0)) == size, "data must have " + std::to_string(size) + " bytes");
@@ -102,6 +100,7 @@ ExpertSet::ExpertSet(const std::vector<Matrix*>& gate, const std::vector<Matrix*
     gate_.push_back(gate[e]->weights());
     up_.push_back(up[e]->weights());
     down_.push_back(down[e]->weights());
+    for (const Matrix* matrix : {gate[e], up[e], down[e]}) memory_.push_back(matrix->data());
   }
 }
 
@@ -128,5 +127,5 @@ void bind_weights(nb::module_& module) {
            nb::arg("zeros").noconvert(), nb::arg("threads"));
   nb::class_<ExpertSet>(module, "ExpertSet", "The experts of a layer.")
       .def(nb::init<std::vector<Matrix*>, std::vector<Matrix*>, std::vector<Matrix*>>(), nb::arg("gate"), nb::arg("up"),
-           nb::arg("down"), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>());
+           nb::arg("down"));
 }

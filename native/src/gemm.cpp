@@ -84,15 +84,15 @@ template <int M>
 using Rows = const RoundedBlock* [M];
 
 // Adds the sums over 4N columns of quants (v) times activations, from column `at` of each row's block on.
-template <int N, int Bits, int M>
+template <int N, int Width, int M>
 inline void add_dots(Ints (&sums)[M], const Bytes* v, const Rows<M>& x, int at) {
   if constexpr (kLanes == 16 && M >= 4) {
     // Across the rows, as a sum waits several cycles for the one before it, and no 16-bit sums are to be kept.
     UNROLL for (int j = 0; j < N; ++j) {
-      UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<1, Bits>(sums[m], v + j, x[m]->q + at + 4 * j);
+      UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<1, Width>(sums[m], v + j, x[m]->q + at + 4 * j);
     }
   } else {
-    UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<N, Bits>(sums[m], v, x[m]->q + at);
+    UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<N, Width>(sums[m], v, x[m]->q + at);
   }
 }
 

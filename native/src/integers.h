@@ -25,7 +25,7 @@ inline Ints widen_signed(const uint8_t* from) {
 }
 
 // The sum over 4N columns of quants (v) times activations (a), for every lane, on top of `sum`.
-template <int N, int Bits>
+template <int N, int Width>
 inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   __m512i total = (__m512i)sum;
   UNROLL for (int j = 0; j < N; ++j) {
@@ -53,17 +53,17 @@ inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
 inline Ints widen(const uint8_t* from) { return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
 inline Ints widen_signed(const uint8_t* from) { return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
 
-template <int N, int Bits>
+template <int N, int Width>
 inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   const __m256i ones = _mm256_set1_epi16(1);
   // vpmaddubsw adds two products in 16 bits, and so many of its results can be added before they overflow.
-  constexpr int kRun = Bits == 4 ? 8 : Bits == 5 ? 4 : 2;
+  constexpr int kRun = Width == 4 ? 8 : Width == 5 ? 4 : 2;
   __m256i total = (__m256i)sum;
   UNROLL for (int j = 0; j < N; j += kRun) {
     __m256i words = _mm256_setzero_si256();
     for (int i = j; i < j + kRun && i < N; ++i) {
       const __m256i x = _mm256_set1_epi32(load<int32_t>(a + 4 * i));
-      if constexpr (Bits == 8) {
+      if constexpr (Width == 8) {
         // 255 * 127 * 2 does not fit: the highest bit goes by itself.
         const __m256i high = _mm256_and_si256((__m256i)v[i], _mm256_set1_epi8(-128));
         const __m256i low = _mm256_andnot_si256(_mm256_set1_epi8(-128), (__m256i)v[i]);
@@ -73,7 +73,7 @@ inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
         words = _mm256_add_epi16(words, _mm256_maddubs_epi16((__m256i)v[i], x));
       }
     }
-    if constexpr (Bits != 8) total = _mm256_add_epi32(total, _mm256_madd_epi16(words, ones));
+    if constexpr (Width != 8) total = _mm256_add_epi32(total, _mm256_madd_epi16(words, ones));
   }
   return (Ints)total;
 }
@@ -105,7 +105,7 @@ inline Words pairs(const uint8_t* from) {
 
 #ifdef MIXTRAL_X86
 
-template <int N, int Bits>
+template <int N, int Width>
 inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   __m128i total = (__m128i)sum;
   UNROLL for (int j = 0; j < N; ++j) {
@@ -124,7 +124,7 @@ inline Ints add_pairs(Ints sum, Words pairs, int32_t by) {
 
 #else
 
-template <int N, int Bits>
+template <int N, int Width>
 inline Ints dot(Ints sum, const Bytes* v, const int8_t* a) {
   for (int j = 0; j < N; ++j) {
     for (int n = 0; n < kLanes; ++n) {

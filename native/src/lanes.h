@@ -24,6 +24,7 @@ namespace {
 constexpr int kLanes = MIXTRAL_LANES, kParts = 16 / kLanes, kBytes = 4 * kLanes;
 
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef uint32_t Bits __attribute__((vector_size(kBytes)));
 typedef float Floats __attribute__((vector_size(kBytes)));
 
 template <typename T>
@@ -103,8 +104,8 @@ inline Floats bf16_pairs(Floats sum, Ints a, Ints b) {
 
 // Float32 to bfloat16 in the low halves, to nearest with ties to even; what is not a number stays so.
 inline Ints to_bf16(Floats x) {
-  const Ints bits = (Ints)x;
-  const Ints rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 & 0xFFFF;
+  const Bits bits = (Bits)x;  // of what is not a number the sum may be too large: without a sign it wraps around
+  const Ints rounded = (Ints)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
   return x == x ? rounded : all(0x7FC0);
 }
 inline uint16_t to_bf16(float x) {
@@ -118,11 +119,12 @@ inline float from_bf16(uint16_t bits) {
 
 // exp(x) for |x| <= 87, relative error below 2^-22: 2^n times a polynomial in the rest; products and sums only.
 inline Floats exponential(Floats x) {
-  const Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+  const Floats sum = x * 1.44269504f + 12582912.0f, n = sum - 12582912.0f;
   const Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   Floats p = all(1.0f / 720);
   for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
-  return p * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+  // The lowest bits of the sum are n. What is not a number has made p one that is none, whatever it is multiplied by.
+  return p * (Floats)(((Bits)sum + 127) << 23);
 }
 
 struct Row16 {

@@ -204,6 +204,7 @@ def test_wrong_calls_are_refused() -> None:
         ([([2], 0, 3)], "not in the store"),
         ([([0], 0, 2)], "qkv must be"),
         ([([0], 63, 3)], "too few pages"),
+        ([([0], (1 << 63) - 1, 3)], "too few pages"),
         ([([-1], 0, 3)], "negative"),
         ([([0], 0, 0)], "count > 0"),
         ([([0], -1, 3)], "stored >= 0"),

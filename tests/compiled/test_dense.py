@@ -247,3 +247,28 @@ def test_wrong_calls_are_refused() -> None:
         compiled.ExpertSet([], [], [])
     with pytest.raises(ValueError, match="gate and up must be"):
         compiled.ExpertSet([view], [view], [view])
+
+
+def test_numbers_at_odd_addresses_are_refused() -> None:
+    """Of plain weights any address is fine: files have tensors where they like."""
+
+    def shifted(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        memory = np.zeros(values.nbytes + 1, np.uint8)[1:]
+        memory[:] = values.reshape(-1).view(np.uint8)
+        return memory.view(values.dtype).reshape(values.shape)
+
+    rng = np.random.default_rng(0)
+    x, w, norm, beside, out = (rng.standard_normal(s).astype(np.float32) for s in ((2, 8), (3, 8), 8, (2, 3), (2, 3)))
+    matrix, other = (
+        module().DenseMatrix(2, 3, 8, part)
+        for part in (w.view(np.uint8).reshape(-1), shifted(w.view(np.uint8).reshape(-1)))
+    )
+    good = {"x": x, "out": out, "norm": norm, "residual": beside}
+    found = []
+    for one in (matrix, other):
+        module().project(**good, matrices=[one], threads=1, eps=1e-5)
+        found.append(out.copy())
+    assert np.array_equal(*found)
+    for name, values in good.items():
+        with pytest.raises(ValueError, match=f"{name} must be aligned to 4 bytes"):
+            module().project(**good | {name: shifted(values)}, matrices=[matrix], threads=1, eps=1e-5)

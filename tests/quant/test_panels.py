@@ -301,6 +301,8 @@ def test_wrong_calls_are_refused() -> None:
         compiled.panel_bytes(5, 16, 96, 64)
     with pytest.raises(ValueError, match="data must have"):
         compiled.PackedMatrix(0, 16, 256, 0, np.zeros(9, np.uint8))
+    with pytest.raises(ValueError, match="sizes out of range"):
+        compiled.DenseMatrix(2, (1 << 31) - 1, (1 << 31) - 1, np.zeros(9, np.uint8))
     layer = PackedExperts(*([panels(one) for one in part] for part in experts("Q4_K")))
     out = np.zeros((1, 256), np.float32)
     arguments = (np.zeros((1, 256), np.float32), np.array([[0, 4]], np.int64), np.ones((1, 2), np.float32))
