@@ -58,7 +58,7 @@ inline void unpack(const uint8_t* from, Bytes* v) {
 
 // --- one part of a panel, a block of M activation rows ---------------------------------------------------------------
 
-// How far before their use quants are asked for that are in no cache: the processor itself reaches less far.
+// How many bytes before their use quants are asked for that are in no cache: the processor itself reaches less far.
 constexpr int kAhead = 4096;
 
 // A part of a panel: where its lanes begin in the quants and in scales of one and two bytes. `ahead` is kAhead for the
@@ -169,9 +169,12 @@ inline void block_of_16(Part part, const uint8_t* quants, const uint8_t* run, co
   add_block<K>(part, run, x, sums, lows, total);
 }
 
+// Q2_K and Q3_K, where products of quants and scales fit in a byte: with enough rows it pays to multiply the weights.
+template <Kind K, int M>
+void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]);
+
 #if MIXTRAL_LANES == 16
 
-// Quants times scales: in Q2_K and Q3_K they fit in a byte, and with enough rows it pays to multiply the weights.
 constexpr int kProduct = 124;  // added to the products of Q3_K, -124 to 128
 
 // `both`: the scales of the two halves of a group, as pairs of words.
@@ -223,12 +226,9 @@ inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, 
   const uint8_t* block = w.panel(panel);
   for (int64_t b = 0; b < w.columns / kBlock; ++b, block += kStride) {
     const uint8_t *quants = part.quants(block), *run = block + kRun;
-#if MIXTRAL_LANES == 16
-    if constexpr ((K == Kind::q2_k || K == Kind::q3_k) && M >= 4) {
+    if constexpr (kLanes == 16 && M >= 4 && (K == Kind::q2_k || K == Kind::q3_k)) {
       block_of_products<K>(part, quants, run, x, total);
-    } else
-#endif
-        if constexpr (kSixteen<K>) {
+    } else if constexpr (kSixteen<K>) {
       block_of_16<K>(part, quants, run, x, total);
     } else {
       block_of_32<K>(part, quants, run, x, total);
