@@ -69,8 +69,8 @@ struct Part {
   // Always inlined, since GCC takes a call that returns and writes nothing for one that does nothing.
   template <Kind K, int M>
   [[gnu::always_inline]] inline void prefetch(const uint8_t* group) const {
-    // One or two rows of 8 bits do little but wait for memory, and more requests only delay it.
-    if constexpr (K == Kind::g8 && M <= 2) return;
+    // Where there is little to compute, the processor itself keeps the memory busy, and more requests only delay it.
+    if constexpr ((K == Kind::g8 && M <= 2) || (K == Kind::q4_k && M == 1)) return;
     if (M == 8 && ahead == 0) return;  // with few rows a branch costs more than requests for what is there
     for (int i = 0; i < quant_bytes_of(K); i += 64) __builtin_prefetch(group + ahead + i);
   }
