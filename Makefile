@@ -14,7 +14,7 @@ FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve chat test test-slow test-all test-peers lint format bench map
+.PHONY: help install dev serve chat test test-slow test-all test-peers sanitize lint format bench map
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -59,6 +59,9 @@ test-peers: $(VENV)/.dev  ## tests against llama.cpp, which is compiled first (1
 	$(BIN)/pip install llama-cpp-python --no-binary llama-cpp-python
 	$(BIN)/pip install --no-deps compressed-tensors loguru
 	$(BIN)/python -m pytest -m peers $(ARGS)
+
+sanitize: $(VENV)/.dev  ## kernel tests with the address, undefined and thread sanitizers of GCC; compiles twice
+	PYTHON=$(BIN)/python ARGS="$(ARGS)" scripts/sanitize.sh
 
 lint: $(VENV)/.dev  ## style, format, types, spelling
 	$(BIN)/ruff check $(CODE)
