@@ -4,9 +4,6 @@
 // internal to this file: a copy made for wide registers must never serve a processor without them.
 #include "mixtral/gemm.h"
 
-#include <cmath>
-#include <initializer_list>
-
 #include "mixtral/half.h"
 
 #ifdef MIXTRAL_X86
@@ -122,7 +119,7 @@ inline Ints widen_signed(const uint8_t* from) {
 }
 
 inline Floats fma(Floats a, Floats b, Floats c) {
-  for (int n = 0; n < kLanes; ++n) c[n] = std::fma(a[n], b[n], c[n]);
+  for (int n = 0; n < kLanes; ++n) c[n] = __builtin_fmaf(a[n], b[n], c[n]);
   return c;
 }
 
@@ -423,12 +420,15 @@ void round(const float* values, int count, const Rounded& to, int64_t row, int64
 
 // --- silu(gate) * up -------------------------------------------------------------------------------------------------
 
+// 1 / 5! down to 1 / 0!.
+constexpr float kPowers[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+
 // exp(x) for |x| <= 87, relative error below 2^-22: 2^n times a polynomial in the rest; products and sums only.
 inline Floats exponential(Floats x) {
   const Floats sum = x * 1.44269504f + 12582912.0f, n = sum - 12582912.0f;
   const Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   Floats p = all(1.0f / 720);
-  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  for (const float c : kPowers) p = p * r + c;
   // The lowest bits of the sum are n. What is not a number has made p one that is none, whatever it is multiplied by.
   return p * (Floats)(((Bits)sum + 127) << 23);
 }

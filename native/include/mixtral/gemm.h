@@ -21,7 +21,7 @@ struct Rounded {
   int16_t* sum16;
   int16_t* sum32;
 
-  int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  MIXTRAL_INLINE int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
 };
 
 // One instruction set.

@@ -22,6 +22,8 @@
 
 #include <cstdint>
 
+#include "mixtral/inline.h"
+
 namespace mixtral {
 
 enum class Kind : int { q2_k = 0, q3_k = 1, q4_k = 2, q5_k = 3, q6_k = 4, g4 = 5, g8 = 6 };
@@ -29,16 +31,16 @@ enum class Kind : int { q2_k = 0, q3_k = 1, q4_k = 2, q5_k = 3, q6_k = 4, g4 = 5
 constexpr int kPanel = 16, kGroup = 32, kBlock = 256;
 
 // Bytes of 32 quants of 16 rows, and of a run of scales.
-constexpr int64_t quant_bytes_of(Kind kind) {
+MIXTRAL_INLINE constexpr int64_t quant_bytes_of(Kind kind) {
   constexpr int kBytes[] = {128, 192, 256, 320, 384, 256, 512};
   return kBytes[static_cast<int>(kind)];
 }
-constexpr int64_t scale_bytes_of(Kind kind) {
+MIXTRAL_INLINE constexpr int64_t scale_bytes_of(Kind kind) {
   constexpr int kBytes[] = {320, 288, 320, 320, 288, 48, 48};
   return kBytes[static_cast<int>(kind)];
 }
 // Bytes of a GGML block of 256 values (q2_k to q6_k).
-constexpr int64_t block_bytes_of(Kind kind) {
+MIXTRAL_INLINE constexpr int64_t block_bytes_of(Kind kind) {
   constexpr int kBytes[] = {84, 110, 144, 176, 210};
   return kBytes[static_cast<int>(kind)];
 }
@@ -48,15 +50,15 @@ struct Panels {
   int64_t rows, columns, group;
   const uint8_t* data;
 
-  int64_t group_bytes() const { return quant_bytes_of(kind); }
+  MIXTRAL_INLINE int64_t group_bytes() const { return quant_bytes_of(kind); }
   // Columns that share a run of scales, and its bytes.
-  int64_t span() const { return kind < Kind::g4 ? kBlock : group; }
-  int64_t span_bytes() const { return scale_bytes_of(kind); }
-  int64_t count() const { return (rows + kPanel - 1) / kPanel; }
-  int64_t quant_bytes() const { return columns / kGroup * group_bytes(); }
-  int64_t panel_bytes() const { return quant_bytes() + columns / span() * span_bytes(); }
-  const uint8_t* quants(int64_t panel) const { return data + panel * panel_bytes(); }
-  const uint8_t* scales(int64_t panel) const { return quants(panel) + quant_bytes(); }
+  MIXTRAL_INLINE int64_t span() const { return kind < Kind::g4 ? kBlock : group; }
+  MIXTRAL_INLINE int64_t span_bytes() const { return scale_bytes_of(kind); }
+  MIXTRAL_INLINE int64_t count() const { return (rows + kPanel - 1) / kPanel; }
+  MIXTRAL_INLINE int64_t quant_bytes() const { return columns / kGroup * group_bytes(); }
+  MIXTRAL_INLINE int64_t panel_bytes() const { return quant_bytes() + columns / span() * span_bytes(); }
+  MIXTRAL_INLINE const uint8_t* quants(int64_t panel) const { return data + panel * panel_bytes(); }
+  MIXTRAL_INLINE const uint8_t* scales(int64_t panel) const { return quants(panel) + quant_bytes(); }
 };
 
 // GGML rows (Q2_K to Q6_K) into panels and back. `blocks` is [rows, bytes of a row].
