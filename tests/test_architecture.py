@@ -40,7 +40,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
     "bench": ({"ops", "weights", "files", "quant"}, {"torch", "numpy"}),
     "results": ({"tokenizer", "wire"}, set()),
-    "api": ({"results", "compiled", "model", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
+    "api": ({"results", "compiled", "model", "ops", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
     "__init__": ({"api", "wire"}, set()),
     "__main__": ({"cli"}, set()),
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
