@@ -9,12 +9,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests benchmarks scripts
 TEXT := $(CODE) docs README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile pyproject.toml .ci .github
+KERNEL_TESTS := tests/compiled tests/quant tests/engine tests/model tests/test_api.py
 # Text in five languages: codespell knows English only.
 FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve chat test test-slow test-all test-peers lint format bench map
+.PHONY: help install dev serve chat test test-slow test-all test-peers test-levels sanitize lint format bench map
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -59,6 +60,15 @@ test-peers: $(VENV)/.dev  ## tests against llama.cpp, which is compiled first (1
 	$(BIN)/pip install llama-cpp-python --no-binary llama-cpp-python
 	$(BIN)/pip install --no-deps compressed-tensors loguru
 	$(BIN)/python -m pytest -m peers $(ARGS)
+
+test-levels: $(VENV)/.dev  ## the tests that run kernels, with each lower instruction set that this processor has
+	@set -e; for level in $$($(BIN)/python -c 'from mixtral.ops.native import kernel_levels; print(*kernel_levels()[:-1])'); do \
+		echo "== MIXTRAL_ISA=$$level"; \
+		MIXTRAL_ISA=$$level $(BIN)/python -m pytest -n 2 -m "not slow and not peers" $(KERNEL_TESTS) $(ARGS); \
+	done
+
+sanitize: $(VENV)/.dev  ## kernel tests with the address, undefined and thread sanitizers of GCC; compiles twice
+	PYTHON=$(BIN)/python ARGS="$(ARGS)" scripts/sanitize.sh
 
 lint: $(VENV)/.dev  ## style, format, types, spelling
 	$(BIN)/ruff check $(CODE)

@@ -1,3 +1,4 @@
+// Python's view of weights: checks their shape, packs and unpacks them.
 #include "bind_weights.h"
 
 #include <nanobind/stl/string.h>

@@ -166,7 +166,7 @@ inline float soften(float* scores, int visible, float& largest, float& sum, bool
   }
   for (int t = visible; t < kPage; ++t) scores[t] = 0.0f;
   const float before = largest == kNothing ? 0.0f : exponential_below(all(largest - next))[0];
-  sum = std::fma(sum, before, sum_of(scores));
+  sum = __builtin_fmaf(sum, before, sum_of(scores));
   largest = next;
   return before;
 }
@@ -293,7 +293,7 @@ void add(const Heads& heads, int count, const Rows& segment, const Rows& rows) {
     const float most = segment.largest[m] > rows.largest[m] ? segment.largest[m] : rows.largest[m];
     const float before = rows.largest[m] == kNothing ? 0.0f : exponential_below(all(rows.largest[m] - most))[0];
     const float now = segment.largest[m] == kNothing ? 0.0f : exponential_below(all(segment.largest[m] - most))[0];
-    rows.sums[m] = std::fma(rows.sums[m], before, segment.sums[m] * now);
+    rows.sums[m] = __builtin_fmaf(rows.sums[m], before, segment.sums[m] * now);
     rows.largest[m] = most;
     for (int64_t i = m * padded; i < (m + 1) * padded; i += kLanes) {
       const Floats found = load<Floats>(segment.values + i) * now;

@@ -5,9 +5,7 @@
 // processor without them.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <initializer_list>
 
 #include "mixtral/half.h"
 
@@ -71,7 +69,7 @@ inline Ints quads(Ints sum, Ints a, Ints b) {
 #else
 
 inline Floats fma(Floats a, Floats b, Floats c) {
-  for (int n = 0; n < kLanes; ++n) c[n] = std::fma(a[n], b[n], c[n]);
+  for (int n = 0; n < kLanes; ++n) c[n] = __builtin_fmaf(a[n], b[n], c[n]);
   return c;
 }
 // As the instructions do: the second one where either is not a number.
@@ -117,12 +115,15 @@ inline float from_bf16(uint16_t bits) {
   return load<float>(&wide);
 }
 
+// 1 / 5! down to 1 / 0!.
+constexpr float kPowers[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+
 // exp(x) for |x| <= 87, relative error below 2^-22: 2^n times a polynomial in the rest; products and sums only.
 inline Floats exponential(Floats x) {
   const Floats sum = x * 1.44269504f + 12582912.0f, n = sum - 12582912.0f;
   const Floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
   Floats p = all(1.0f / 720);
-  for (const float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  for (const float c : kPowers) p = p * r + c;
   // The lowest bits of the sum are n. What is not a number has made p one that is none, whatever it is multiplied by.
   return p * (Floats)(((Bits)sum + 127) << 23);
 }

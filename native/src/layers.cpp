@@ -1,3 +1,4 @@
+// Products, router and experts: inputs are rounded once, then strips of columns are shared out to threads.
 #include "mixtral/layers.h"
 
 #include "activations.h"

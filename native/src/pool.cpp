@@ -21,6 +21,7 @@ namespace mixtral {
 namespace {
 
 constexpr int kSpins = 4000;  // some 20 microseconds: longer than the gap between the steps of one operation
+constexpr int kMostThreads = 1024;
 
 inline void relax() {
 #ifdef MIXTRAL_X86
@@ -54,6 +55,10 @@ struct Job {
 
 class Pool {
  public:
+  explicit Pool(pid_t owner) : owner_(owner) {}
+
+  pid_t owner() const { return owner_; }
+
   void run(int64_t items, int threads, const std::function<void(int64_t)>& work) {
     std::lock_guard<std::mutex> one(callers_);
     const int helpers = static_cast<int>(std::min<int64_t>(threads, items)) - 1;
@@ -64,7 +69,7 @@ class Pool {
     const int joined = std::min<int>(helpers, static_cast<int>(workers_));
     if (joined > 0) {
       job_.places.store(joined);
-      epoch_.fetch_add(1, std::memory_order_release);
+      epoch_.fetch_add(1);
       if (sleeping_.load() > 0) {
         std::lock_guard<std::mutex> lock(sleep_);
         wake_.notify_all();
@@ -84,7 +89,8 @@ class Pool {
   }
 
  private:
-  void take() {
+  // What is thrown in here ends the process: others still look at the job.
+  void take() noexcept {
     FloatMode mode;
     for (int64_t i; (i = job_.next.fetch_add(1, std::memory_order_relaxed)) < job_.items;) (*job_.work)(i);
   }
@@ -123,6 +129,7 @@ class Pool {
     }
   }
 
+  const pid_t owner_;
   std::mutex callers_, sleep_;
   std::condition_variable wake_;
   std::atomic<uint64_t> epoch_{0};
@@ -131,23 +138,24 @@ class Pool {
   Job job_;
 };
 
-// Never destroyed: its threads may outlive every static object. A forked child has none of them and makes its own.
+// Never destroyed: its threads may outlive every static object. A forked child has none of them and makes its own; it
+// may have been made while other threads were in here, so no lock is asked for on the way.
 Pool& pool() {
-  static std::mutex guard;
-  static Pool* current = nullptr;
-  static pid_t owner = 0;
-  std::lock_guard<std::mutex> lock(guard);
-  if (current == nullptr || owner != getpid()) {
-    current = new Pool();
-    owner = getpid();
+  static std::atomic<Pool*> current{nullptr};
+  const pid_t self = getpid();
+  Pool* found = current.load();
+  while (found == nullptr || found->owner() != self) {
+    Pool* own = new Pool(self);
+    if (current.compare_exchange_strong(found, own)) return *own;
+    delete own;  // another thread was faster
   }
-  return *current;
+  return *found;
 }
 
 }  // namespace
 
 void parallel(int64_t items, int threads, const std::function<void(int64_t)>& work) {
-  if (items > 0) pool().run(items, std::max(threads, 1), work);
+  if (items > 0) pool().run(items, std::clamp(threads, 1, kMostThreads), work);
 }
 
 }  // namespace mixtral

@@ -18,12 +18,12 @@ inline float dot(const float* a, const float* b, int64_t columns) {
   }
   float lanes[16];
   __builtin_memcpy(lanes, &sums, sizeof lanes);
-  for (int n = 0; i + n < columns; ++n) lanes[n] = std::fma(a[i + n], b[i + n], lanes[n]);
+  for (int n = 0; i + n < columns; ++n) lanes[n] = __builtin_fmaf(a[i + n], b[i + n], lanes[n]);
   return total(lanes);
 }
 
 void norm(const float* x, const float* weight, float eps, int64_t columns, float* out) {
-  const float scale = 1.0f / std::sqrt(dot(x, x, columns) / static_cast<float>(columns) + eps);
+  const float scale = 1.0f / __builtin_sqrtf(dot(x, x, columns) / static_cast<float>(columns) + eps);
   for (int64_t i = 0; i < columns; ++i) out[i] = x[i] * scale * weight[i];
 }
 

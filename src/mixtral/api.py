@@ -15,6 +15,7 @@ from mixtral.config import PRESETS, MixtralConfig
 from mixtral.engine.generator import Generator as TokenGenerator
 from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
 from mixtral.model.mixtral import Mixtral
+from mixtral.ops.cores import usable_cores
 from mixtral.results import ChatCompletion, ChatDelta, Completion, Delta, TokenLogprob, Usage
 from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, check_pieces, encode_chat, parse_calls
 from mixtral.weights import dtype_of, find_gguf, is_compact, load_compact, load_model, pieces_of, save_model
@@ -305,9 +306,10 @@ def load(
     which takes the memory of ``dtype``. On the CPU the model runs on compiled kernels, which round the inputs of
     quantised matrices to int8 in blocks of 256; with ``reference``, and on other devices, in plain torch, which decodes
     matrices where they are used. ``kv_dtype`` is what the kernels store keys and values as, "bfloat16", "float32" or
-    "int8"; default: bfloat16 for bfloat16 models, else float32. ``threads`` sets the CPU threads of the whole process.
-    ``name`` is what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which
-    could carry code.
+    "int8"; default: bfloat16 for bfloat16 models, else float32. ``threads`` sets the CPU threads of the whole process;
+    default: the physical cores that it may use, by affinity and quota, unless torch was told to use fewer. ``name`` is
+    what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which could carry
+    code.
 
     Raises:
         ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
@@ -320,10 +322,12 @@ def load(
             "kv_dtype is for compiled kernels, which run on the CPU and without reference", param="kv_dtype"
         )
     folder = folder_of(model)
-    if threads is not None:
-        if not 1 <= threads <= 1024:
-            raise ConfigError(f"threads is {threads!r}; expected 1 to 1024", param="threads")
-        torch.set_num_threads(threads)
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ConfigError(f"threads is {threads!r}; expected 1 to 1024", param="threads")
+    # Torch knows no quotas and may take two CPUs of one core for two; a number below that was somebody's choice.
+    chosen = threads or min(torch.get_num_threads(), usable_cores())
+    if chosen != torch.get_num_threads():
+        torch.set_num_threads(chosen)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind)

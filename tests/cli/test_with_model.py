@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mixtral
+from mixtral import api
 from mixtral.cli import chat, main, output
 from mixtral.config import MixtralConfig
 from mixtral.errors import CapacityError
@@ -206,6 +207,11 @@ def test_threads_are_set_for_the_process(folder: Path, monkeypatch: pytest.Monke
     assert main(["generate", "--model", str(folder), "--ids", "1", *GREEDY, "--reference", "--threads", "3"]) == 0
     assert main(["generate", "--model", str(folder), "--ids", "1", *GREEDY, "--reference"]) == 0
     assert seen == [3]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for cores in (2, 4, 8):  # by default what the process may use, but no more than torch has been given
+        monkeypatch.setattr(api, "usable_cores", lambda cores=cores: cores)
+        assert main(["generate", "--model", str(folder), "--ids", "1", *GREEDY, "--reference"]) == 0
+    assert seen == [3, 2]
 
 
 def test_inspect_reads_a_folder_without_loading_it(folder: Path, capsys: Capture) -> None:

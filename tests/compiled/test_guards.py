@@ -39,4 +39,4 @@ def test_nothing_beyond_an_array_is_touched(level: str) -> None:
 def test_a_byte_too_far_is_seen(at_end: str, place: str) -> None:
     done = run("-c", TOO_FAR.replace("AT_END", at_end).replace("PLACE", place))
     assert done.stdout == "inside\n", done.stderr
-    assert done.returncode == -signal.SIGSEGV
+    assert done.returncode == -signal.SIGSEGV or "AddressSanitizer: SEGV" in done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -186,16 +188,45 @@ def test_generation_is_the_same_alone_and_together() -> None:
     assert together == alone
 
 
+def processor_use(seconds: float) -> float:
+    """Processor time of this process in a stretch of time in which it is left alone."""
+    before = time.process_time()
+    time.sleep(seconds)
+    return (time.process_time() - before) / seconds
+
+
+def test_a_model_that_does_nothing_leaves_the_processor_alone() -> None:
+    """Threads sleep between calls: of a second, less than a tenth is used. One that waits without sleeping is seen."""
+    model, before = compile_model(model_of("Q8_0")), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        read(model, PROMPTS, 1000)
+    finally:
+        torch.set_num_threads(before)
+    time.sleep(0.05)
+    assert processor_use(1.0) < 0.1
+    over = threading.Event()
+    busy = threading.Thread(target=lambda: [None for _ in iter(over.is_set, True)])
+    busy.start()
+    try:
+        assert processor_use(0.3) > 0.1
+    finally:
+        over.set()
+        busy.join()
+
+
 def test_wrong_options(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="kv_dtype is 'int4'; expected one of bfloat16, float32, int8"):
         compile_model(model_of("float32"), kv_dtype="int4")
     monkeypatch.setenv(native.VARIABLE, "mmx")
-    native.level.cache_clear()
+    for found in (native.level, native.forced_level):
+        found.cache_clear()
     try:
         with pytest.raises(ConfigError, match="MIXTRAL_ISA is 'mmx'; this processor runs baseline"):
             compile_model(model_of("float32"))
     finally:
-        native.level.cache_clear()
+        for found in (native.level, native.forced_level):
+            found.cache_clear()
 
 
 def test_the_log_says_what_runs_where(caplog: pytest.LogCaptureFixture) -> None:

@@ -188,6 +188,25 @@ def test_bad_arguments_are_refused() -> None:
         native.encode(values, "Q4_K", threads=1, importance=np.where(np.arange(256) == 3, -1, 1).astype(np.float32))
 
 
+@pytest.mark.parametrize(("forced", "used"), [(None, ""), ("avx2", "avx2"), ("avx512bf16", "avx512")])
+def test_encoders_obey_the_variable(monkeypatch: pytest.MonkeyPatch, forced: str | None, used: str) -> None:
+    monkeypatch.setattr(native, "forced_level", lambda: forced)
+    seen: list[str] = []
+
+    class Fake:
+        def encode(self, *arguments: object) -> tuple[int, int, int]:
+            seen.append(str(arguments[-1]))
+            return 0, 0, 0
+
+        encode_groups = encode
+
+    monkeypatch.setattr(native, "module", Fake)
+    values = np.zeros((1, 256), np.float32)
+    native.encode(values, "Q4_K", threads=1)
+    native.encode_groups(values, 4, 32, threads=1)
+    assert seen == [used, used]
+
+
 def test_a_missing_module_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import mixtral
 

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "mixtral/inline.h"
+
 namespace mixtral {
 
 enum class Store : int { bf16 = 0, f32 = 1, int8 = 2 };
@@ -23,9 +25,9 @@ struct Heads {
   int64_t queries, keys, size;  // query heads, key heads, head size
   Store store;
 
-  int64_t padded() const { return (size + 15) / 16 * 16; }
-  int64_t together() const { return queries / keys; }
-  int64_t block_bytes() const {
+  MIXTRAL_INLINE int64_t padded() const { return (size + 15) / 16 * 16; }
+  MIXTRAL_INLINE int64_t together() const { return queries / keys; }
+  MIXTRAL_INLINE int64_t block_bytes() const {
     constexpr int64_t kSizes[] = {4, 8, 2};
     return kPage * padded() * kSizes[static_cast<int>(store)] + (store == Store::int8 ? 2 * kPage * 4 : 0);
   }

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "mixtral/inline.h"
+
 namespace mixtral {
 
 enum class Float : int { bf16 = 0, f16 = 1, f32 = 2 };
@@ -16,7 +18,7 @@ struct Dense {
   int64_t rows, columns;
   const uint8_t* data;  // [rows, columns]
 
-  int64_t row_bytes() const { return columns * (kind == Float::f32 ? 4 : 2); }
+  MIXTRAL_INLINE int64_t row_bytes() const { return columns * (kind == Float::f32 ? 4 : 2); }
 };
 
 // Activation rows [count, padded]: bfloat16 or float32, with zeros from `columns` to the next multiple of 32.

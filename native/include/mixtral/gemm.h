@@ -27,8 +27,8 @@ struct Rounded {
   int64_t rows, columns;
   RoundedBlock* data;
 
-  int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
-  RoundedBlock& at(int64_t row, int64_t block) const { return data[block * rows + row]; }
+  MIXTRAL_INLINE int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  MIXTRAL_INLINE RoundedBlock& at(int64_t row, int64_t block) const { return data[block * rows + row]; }
 };
 
 // One instruction set.

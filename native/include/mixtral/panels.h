@@ -23,6 +23,8 @@
 
 #include <cstdint>
 
+#include "mixtral/inline.h"
+
 namespace mixtral {
 
 enum class Kind : int { q2_k = 0, q3_k = 1, q4_k = 2, q5_k = 3, q6_k = 4, g4 = 5, g8 = 6 };
@@ -30,16 +32,16 @@ enum class Kind : int { q2_k = 0, q3_k = 1, q4_k = 2, q5_k = 3, q6_k = 4, g4 = 5
 constexpr int kPanel = 16, kGroup = 32, kBlock = 256;
 
 // Bytes of 32 quants of 16 rows, and of a run of scales.
-constexpr int64_t quant_bytes_of(Kind kind) {
+MIXTRAL_INLINE constexpr int64_t quant_bytes_of(Kind kind) {
   constexpr int kBytes[] = {128, 192, 256, 320, 384, 256, 512};
   return kBytes[static_cast<int>(kind)];
 }
-constexpr int64_t scale_bytes_of(Kind kind) {
+MIXTRAL_INLINE constexpr int64_t scale_bytes_of(Kind kind) {
   constexpr int kBytes[] = {320, 288, 320, 320, 288, 48, 48};
   return kBytes[static_cast<int>(kind)];
 }
 // Bytes of a GGML block of 256 values (q2_k to q6_k).
-constexpr int64_t block_bytes_of(Kind kind) {
+MIXTRAL_INLINE constexpr int64_t block_bytes_of(Kind kind) {
   constexpr int kBytes[] = {84, 110, 144, 176, 210};
   return kBytes[static_cast<int>(kind)];
 }
@@ -50,15 +52,15 @@ struct Panels {
   const uint8_t* data;
 
   // Columns that share a run of scales.
-  int64_t span() const { return kind < Kind::g4 ? kBlock : group; }
-  int64_t count() const { return (rows + kPanel - 1) / kPanel; }
-  int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  MIXTRAL_INLINE int64_t span() const { return kind < Kind::g4 ? kBlock : group; }
+  MIXTRAL_INLINE int64_t count() const { return (rows + kPanel - 1) / kPanel; }
+  MIXTRAL_INLINE int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
   // From a block to the next one; a multiple of 64. The last block of a row may be shorter, and is as large.
-  int64_t stride() const { return (scales_at() + kBlock / span() * scale_bytes_of(kind) + 63) / 64 * 64; }
+  MIXTRAL_INLINE int64_t stride() const { return (scales_at() + kBlock / span() * scale_bytes_of(kind) + 63) / 64 * 64; }
   // Where the scales of a block begin.
-  int64_t scales_at() const { return kBlock / kGroup * quant_bytes_of(kind); }
-  int64_t panel_bytes() const { return blocks() * stride(); }
-  const uint8_t* panel(int64_t number) const { return data + number * panel_bytes(); }
+  MIXTRAL_INLINE int64_t scales_at() const { return kBlock / kGroup * quant_bytes_of(kind); }
+  MIXTRAL_INLINE int64_t panel_bytes() const { return blocks() * stride(); }
+  MIXTRAL_INLINE const uint8_t* panel(int64_t number) const { return data + number * panel_bytes(); }
 };
 
 // GGML rows (Q2_K to Q6_K) into panels and back. `blocks` is [rows, bytes of a row].

@@ -59,17 +59,17 @@ def measure(threads: int, *, seconds: float = 0.5, memory_bytes: int | None = No
     Raises:
         ConfigError: the compiled module is missing.
     """
-    native = module()
+    native, told = module(), level()
     size = memory_bytes or max(_LEAST_BYTES, 4 * _l3_bytes())
     buffer = empty((size // 4096 * 4096,), torch.uint8).numpy()  # in large pages, as weights are
     buffer[::4096] = 1  # a page that was never written to is not read from memory
     return Limits(
         threads,
-        level(),
-        native.read_speed(buffer, threads, seconds),
-        native.peak_speed("int8", threads, seconds / 3),
-        native.peak_speed("fp32", threads, seconds / 3),
-        native.peak_speed("bf16", threads, seconds / 3),
+        told,
+        native.read_speed(buffer, threads, seconds, told),
+        native.peak_speed("int8", threads, seconds / 3, told),
+        native.peak_speed("fp32", threads, seconds / 3, told),
+        native.peak_speed("bf16", threads, seconds / 3, told),
     )
 
 

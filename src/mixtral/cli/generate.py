@@ -45,7 +45,9 @@ KvCacheOption = Annotated[
     str | None,
     typer.Option("--kv-cache-dtype", help="Keys and values: bfloat16, float32 or int8; default: as the model."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; default: torch's own choice.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads; default: the physical cores that it may use.")
+]
 MaxTokensOption = Annotated[
     int | None, typer.Option("--max-tokens", help="Longest answer; default 512, or what the context leaves.")
 ]

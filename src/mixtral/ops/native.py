@@ -11,10 +11,10 @@ from torch import nn
 
 from mixtral.errors import ConfigError
 
-__all__ = ["VARIABLE", "kernel_levels", "level", "module", "take_threads", "threads"]
+__all__ = ["VARIABLE", "forced_level", "kernel_levels", "level", "module", "take_threads", "threads"]
 
 VARIABLE = "MIXTRAL_ISA"
-"""Environment variable that lowers the instruction set of the kernels; one of ``kernel_levels()``."""
+"""Environment variable that lowers the instruction set of kernels and encoders; one of ``kernel_levels()``."""
 
 
 def module() -> ModuleType:
@@ -49,10 +49,20 @@ def level() -> str:
     Raises:
         ConfigError: this processor does not run the one that is asked for, or the compiled module is missing.
     """
+    return forced_level() or kernel_levels()[-1]
+
+
+@cache
+def forced_level() -> str | None:
+    """The instruction set of ``MIXTRAL_ISA``, if it is set.
+
+    Raises:
+        ConfigError: as ``level``.
+    """
     wanted, known = os.environ.get(VARIABLE, ""), kernel_levels()
     if wanted and wanted not in known:
         raise ConfigError(f"{VARIABLE} is {wanted!r}; this processor runs {', '.join(known)}", param=VARIABLE)
-    return wanted or known[-1]
+    return wanted or None
 
 
 # As many threads as torch had, while torch itself has one.

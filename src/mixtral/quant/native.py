@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixtral.errors import ConfigError
-from mixtral.ops.native import module
+from mixtral.ops.native import forced_level, module
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.groups import check_rows
 from mixtral.quant.kencode import (
@@ -43,7 +43,7 @@ def available() -> bool:
 
 
 def levels() -> tuple[str, ...]:
-    """Instruction sets that this processor can run, the fastest one last: it is the one that `encode` uses.
+    """Instruction sets that this processor can run, the fastest one last: `encode` uses it, or that of MIXTRAL_ISA.
 
     Raises:
         ConfigError: the compiled module is missing.
@@ -82,7 +82,7 @@ def encode(
         raise ConfigError(f"out must be contiguous, writable uint8 {list(shape)}, got {out.dtype} {list(out.shape)}")
     if importance is not None and name == "Q4_0":
         importance = even_importance(importance.reshape(-1, FORMATS[name].values)).reshape(-1)
-    fault = native.encode(name, _plain(values), _plain(importance), out, threads, level or "")
+    fault = native.encode(name, _plain(values), _plain(importance), out, threads, level or _level())
     _refuse(fault, name, FORMATS[name].values)
     return out
 
@@ -110,9 +110,17 @@ def encode_groups(
     _check(native, importance, width, threads, level)
     codes, scales = np.empty((rows, width // 8 * bits), np.uint8), np.empty((rows, width // group), np.uint16)
     weights = None if importance is None else even_importance(importance.reshape(-1, group)).reshape(-1)
-    fault = native.encode_groups(_plain(values), bits, group, _plain(weights), codes, scales, threads, level or "")
+    fault = native.encode_groups(
+        _plain(values), bits, group, _plain(weights), codes, scales, threads, level or _level()
+    )
     _refuse(fault, f"int{bits}_g{group}", group)
     return codes, scales
+
+
+def _level() -> str:
+    """The level of MIXTRAL_ISA, which names those of the kernels: of AVX-512 the encoders have one only."""
+    forced = forced_level() or ""
+    return "avx512" if forced.startswith("avx512") else forced
 
 
 def _check(
