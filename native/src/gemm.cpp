@@ -240,7 +240,8 @@ inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, 
 template <Kind K, int M>
 inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[M]) {
   const uint8_t* block = w.panel(panel);
-  const uint8_t *quants = part.quants(block), *run = block + w.scales_at();
+  const uint8_t *quants = part.quants(block), *run = block + w.scales_at(0);
+  int64_t number = 0;
   const int64_t stride = w.stride();
   const int parts = static_cast<int>(w.group / kGroup);
   int at = 0;  // in the block, in groups of 32 columns
@@ -268,7 +269,7 @@ inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_
     if (at == kBlock / kGroup) {
       at = 0;
       block += stride;
-      quants = part.quants(block), run = block + w.scales_at() - scale_bytes_of(K);
+      quants = part.quants(block), run = block + w.scales_at(++number) - scale_bytes_of(K);
       for (int m = 0; m < M; ++m) x[m] += next;
     }
   }

@@ -237,8 +237,8 @@ void pack_panel(const Panels& shape, const uint8_t* blocks, uint8_t* out, int64_
   const int64_t rows = std::min<int64_t>(kPanel, shape.rows - panel * kPanel);
   for (int64_t b = 0; b < per_row; ++b, quants += shape.stride()) {
     const uint8_t* first = blocks + (panel * kPanel * per_row + b) * kSize;
-    uint8_t* run = quants + shape.scales_at();
-    std::memset(run, 0, static_cast<size_t>(shape.stride() - shape.scales_at()));
+    uint8_t* run = quants + shape.scales_at(b);
+    std::memset(run, 0, static_cast<size_t>(shape.stride() - shape.scales_at(b)));
     for (int n = 0; n < rows; ++n) put_block_scales(K, first + n * stride, run, n);
     for (int g = 0; g < kBlock / kGroup; ++g) {
       Group q;
@@ -259,7 +259,7 @@ void unpack_panel(const Panels& panels, uint8_t* blocks, int64_t panel) {
     const uint8_t* from = panels.panel(panel) + b * panels.stride();
     for (int n = 0; n < rows; ++n) {
       std::memset(first + n * stride, 0, static_cast<size_t>(kSize));
-      take_block_scales(K, from + panels.scales_at(), n, first + n * stride);
+      take_block_scales(K, from + panels.scales_at(b), n, first + n * stride);
     }
     for (int g = 0; g < kBlock / kGroup; ++g) {
       Group q;
@@ -308,7 +308,7 @@ namespace {
 int64_t quants_at(const Panels& w, int64_t k) { return k / kBlock * w.stride() + k % kBlock / kGroup * quant_bytes_of(w.kind); }
 int64_t run_at(const Panels& w, int64_t group) {
   const int64_t k = group * w.group;
-  return k / kBlock * w.stride() + w.scales_at() + k % kBlock / w.group * scale_bytes_of(w.kind);
+  return k / kBlock * w.stride() + w.scales_at(k / kBlock) + k % kBlock / w.group * scale_bytes_of(w.kind);
 }
 
 }  // namespace

@@ -51,15 +51,23 @@ struct Panels {
   int64_t rows, columns, group;
   const uint8_t* data;
 
-  // Columns that share a run of scales.
-  MIXTRAL_INLINE int64_t span() const { return kind < Kind::g4 ? kBlock : group; }
   MIXTRAL_INLINE int64_t count() const { return (rows + kPanel - 1) / kPanel; }
   MIXTRAL_INLINE int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
-  // From a block to the next one; a multiple of 64. The last block of a row may be shorter, and is as large.
-  MIXTRAL_INLINE int64_t stride() const { return (scales_at() + kBlock / span() * scale_bytes_of(kind) + 63) / 64 * 64; }
+  // Bytes of a block of so many columns; a multiple of 64.
+  MIXTRAL_INLINE int64_t block_bytes(int64_t width) const {
+    return (width / kGroup * quant_bytes_of(kind) + width / (kind < Kind::g4 ? kBlock : group) * scale_bytes_of(kind) + 63) / 64 * 64;
+  }
+  // From a block to the next one. The last block of a row may be shorter.
+  MIXTRAL_INLINE int64_t stride() const { return block_bytes(kBlock); }
   // Where the scales of a block begin.
-  MIXTRAL_INLINE int64_t scales_at() const { return kBlock / kGroup * quant_bytes_of(kind); }
-  MIXTRAL_INLINE int64_t panel_bytes() const { return blocks() * stride(); }
+  MIXTRAL_INLINE int64_t scales_at(int64_t block) const {
+    const int64_t left = columns - block * kBlock;
+    return (left < kBlock ? left : kBlock) / kGroup * quant_bytes_of(kind);
+  }
+  MIXTRAL_INLINE int64_t panel_bytes() const {
+    const int64_t whole = columns / kBlock, rest = columns % kBlock;
+    return whole * stride() + (rest == 0 ? 0 : block_bytes(rest));
+  }
   MIXTRAL_INLINE const uint8_t* panel(int64_t number) const { return data + number * panel_bytes(); }
 };
 
