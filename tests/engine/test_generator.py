@@ -14,7 +14,7 @@ from mixtral.engine.pages import PAGE_SIZE
 from mixtral.errors import CapacityError, NumericalError, RequestError, TokenizerError
 from mixtral.model import cache
 from mixtral.model.mixtral import Mixtral
-from mixtral.wire.messages import SamplingParams, TokenEvent
+from mixtral.wire import SamplingParams, TokenEvent
 
 V, CONTEXT = 101, 800
 CONFIG = MixtralConfig(

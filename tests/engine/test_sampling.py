@@ -11,7 +11,7 @@ from transformers.generation import logits_process as peers
 
 from mixtral.engine.sampling import History, choose, distribution, log_softmax, uniform
 from mixtral.errors import NumericalError
-from mixtral.wire.messages import SamplingParams
+from mixtral.wire import SamplingParams
 
 V = 50
 

@@ -26,7 +26,7 @@ from mixtral.engine.sampling import History, choose
 from mixtral.errors import CapacityError, RequestError, TokenizerError
 from mixtral.model.batch import Batch, Output
 from mixtral.model.mixtral import Mixtral
-from mixtral.wire.messages import FinishReason, SamplingParams, TokenEvent
+from mixtral.wire import FinishReason, SamplingParams, TokenEvent
 
 __all__ = ["CHUNK", "Generator"]
 

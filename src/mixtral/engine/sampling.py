@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mixtral.errors import NumericalError
-from mixtral.wire.messages import Candidate, SamplingParams
+from mixtral.wire import Candidate, SamplingParams
 
 __all__ = ["GREEDY_BELOW", "Choice", "History", "choose", "distribution", "log_softmax", "uniform"]
 

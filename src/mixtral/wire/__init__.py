@@ -1,5 +1,47 @@
 """Messages that cross the border between text and token ids. No torch."""
 
-from mixtral.wire.messages import Candidate, FinishReason, SamplingParams, TokenEvent
+from mixtral.wire.messages import (
+    Abort,
+    Candidate,
+    Constraint,
+    Done,
+    Failed,
+    FinishReason,
+    FromEngine,
+    Heartbeat,
+    Hello,
+    PromptScores,
+    PromptToken,
+    Routing,
+    Started,
+    Stats,
+    Submit,
+    ToEngine,
+    TokenEvent,
+    Tokens,
+    Update,
+)
+from mixtral.wire.sampling import SamplingParams
 
-__all__ = ["Candidate", "FinishReason", "SamplingParams", "TokenEvent"]
+__all__ = [
+    "Abort",
+    "Candidate",
+    "Constraint",
+    "Done",
+    "Failed",
+    "FinishReason",
+    "FromEngine",
+    "Heartbeat",
+    "Hello",
+    "PromptScores",
+    "PromptToken",
+    "Routing",
+    "SamplingParams",
+    "Started",
+    "Stats",
+    "Submit",
+    "ToEngine",
+    "TokenEvent",
+    "Tokens",
+    "Update",
+]

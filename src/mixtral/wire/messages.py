@@ -1,4 +1,4 @@
-"""What the text side asks of an engine and what it gets back: sampling parameters in, one event per token out."""
+"""Messages between the text side and an engine, in one process or two: requests in, updates of them out."""
 
 from __future__ import annotations
 
@@ -6,67 +6,81 @@ from typing import Literal
 
 import msgspec
 
-from mixtral.errors import RequestError
+from mixtral.wire.sampling import SamplingParams
 
-__all__ = ["Candidate", "FinishReason", "SamplingParams", "TokenEvent"]
+__all__ = [
+    "Abort",
+    "Candidate",
+    "Constraint",
+    "Done",
+    "Failed",
+    "FinishReason",
+    "FromEngine",
+    "Heartbeat",
+    "Hello",
+    "PromptScores",
+    "PromptToken",
+    "Routing",
+    "Started",
+    "Stats",
+    "Submit",
+    "ToEngine",
+    "TokenEvent",
+    "Tokens",
+    "Update",
+]
 
 FinishReason = Literal["stop", "length"]
 
-# field -> (lowest, highest) value that a request may give
-_RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0.0, 2.0),
-    "top_k": (0, 2**31 - 1),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.5, 2.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "seed": (-(2**63), 2**63 - 1),
-    "max_tokens": (1, 2**31 - 1),
-    "logprobs": (0, 20),
-}
-_WHOLE = frozenset({"top_k", "seed", "max_tokens", "logprobs"})
 
+class Constraint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What tokens must follow. Grammars are llguidance's, as text (its JSON form, or Lark).
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to choose tokens. Steps apply in this order: penalties, temperature, top_k, top_p, min_p, draw.
-
-    ``temperature`` below 1e-3 is greedy (ties: lowest id). ``top_k`` 0 is off. ``logprobs`` None is off, otherwise the
-    number of alternatives listed per token. ``seed`` None draws one. ``stop_ids`` end the text and are part of the
-    output; None is the ``eos_token_id`` of the model's config.
-
-    Raises:
-        RequestError: a value is out of range, NaN, or of the wrong type; ``param`` names it.
+    ``trigger`` is the control id that opens function calls. It can only be the first token of an answer: with
+    ``forced`` it must be, with ``calls`` it may be, and without ``calls`` it never is. What follows it obeys ``calls``;
+    an answer that begins otherwise obeys ``text``, or nothing if that is None.
     """
 
-    max_tokens: int = 512
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    logprobs: int | None = None
-    stop_ids: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in {"seed", "logprobs"}:
-                continue
-            kind = "an integer" if name in _WHOLE else "a number"
-            if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE else (int, float)):
-                raise RequestError(f"{name} is {value!r}; expected {kind} from {low:g} to {high:g}", param=name)
-            if not low <= value <= high:  # NaN is not, either
-                raise RequestError(f"{name} is {value!r}; expected {kind} from {low:g} to {high:g}", param=name)
-        if self.stop_ids is not None and not _are_ids(self.stop_ids):
-            raise RequestError(f"stop_ids is {self.stop_ids!r}; expected token ids", param="stop_ids")
+    text: str | None = None
+    calls: str | None = None
+    trigger: int | None = None
+    forced: bool = False
 
 
-def _are_ids(value: object) -> bool:
-    return isinstance(value, tuple | list) and all(isinstance(id, int) and not isinstance(id, bool) for id in value)
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
+    """A request for an engine: ``n`` answers to each prompt. Answer c to prompt p is the sequence ``p * n + c``.
+
+    ``scope`` separates prefix caches: pages are shared between requests of equal scope only. Of two requests that wait,
+    the one with the lower ``priority`` comes first. ``routing`` asks for the experts of every token that is computed,
+    of the prompt too with ``routing_prompt`` (which then is computed even where a cached prefix would do).
+    """
+
+    request: str
+    prompts: list[list[int]]
+    params: SamplingParams
+    n: int = 1
+    constraint: Constraint | None = None
+    scope: str = ""
+    priority: int = 0
+    routing: bool = False
+    routing_prompt: bool = False
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Forget a request. Nothing more comes for it; one that is unknown or finished is left alone."""
+
+    request: str
+
+
+class Routing(msgspec.Struct, frozen=True, kw_only=True):
+    """Experts of consecutive tokens of one sequence, the first of them at position ``first``.
+
+    ``experts`` is uint8 [T, L, A], the larger weight first; ``weights`` little-endian float16 of the same shape.
+    """
+
+    first: int
+    experts: bytes
+    weights: bytes
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -77,10 +91,108 @@ class Candidate(msgspec.Struct, frozen=True):
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One sampled token of one sequence. ``finish_reason`` is set on the last event of the sequence."""
+    """One sampled token of one sequence. ``finish_reason`` is set on the last event of the sequence.
+
+    ``routing`` holds the tokens that were computed to get here, so the last token of an answer is in no event.
+    """
 
     sequence: int
     id: int
     logprob: float | None = None
     top: tuple[Candidate, ...] = ()
     finish_reason: FinishReason | None = None
+    routing: Routing | None = None
+
+
+class PromptToken(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of a prompt with its log-probability given those before it; the first token has none."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[Candidate, ...] = ()
+
+
+class Started(msgspec.Struct, frozen=True, kw_only=True, tag="started"):
+    """A request left the queue. ``cached`` tokens of each prompt were found in the prefix cache."""
+
+    request: str
+    cached: tuple[int, ...]
+
+
+class PromptScores(msgspec.Struct, frozen=True, kw_only=True, tag="prompt"):
+    """The tokens of the prompt with the given index, for requests with ``prompt_logprobs``."""
+
+    request: str
+    prompt: int
+    tokens: list[PromptToken]
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """Tokens of one request, in the order in which they were sampled."""
+
+    request: str
+    events: list[TokenEvent]
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """All sequences of a request are finished (with ``max_tokens`` 0: its prompts are scored)."""
+
+    request: str
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """A request ended by a fault: a stable ``code`` and a message that may be shown to its client."""
+
+    request: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
+    """Counters since the engine started, and what it holds now. ``expert_tokens`` is [L][E]."""
+
+    steps: int = 0
+    step_seconds: float = 0.0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    running: int = 0
+    pages_total: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    expert_tokens: list[list[int]] = []
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """The first message of an engine process: what it serves.
+
+    ``tokenizer`` is v1, v2 or v3; ``respell`` maps ids that were not trained to the ids that spell them.
+    ``cache_tokens`` is what the pages hold: a sequence that needs more is refused.
+    """
+
+    name: str
+    context: int
+    vocab_size: int
+    layers: int
+    experts: int
+    tokenizer: str
+    respell: dict[int, tuple[int, ...]] = {}
+    cache_tokens: int
+    fingerprint: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Sent at least once a second by a thread of its own; ``step_age`` is how long the present step has lasted."""
+
+    step: int
+    step_age: float
+    stats: Stats
+
+
+Update = Started | PromptScores | Tokens | Done | Failed
+ToEngine = Submit | Abort
+FromEngine = Hello | Heartbeat | Started | PromptScores | Tokens | Done | Failed
