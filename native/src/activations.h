@@ -70,15 +70,17 @@ class Activations {
     for (int64_t b = 0; b < blocks(); ++b) fill_block(kernels, x + b * kBlock, row, b);
   }
 
-  // out[i * stride + n] for the 16 weight rows n of a panel. All 16 are written if the weights are in panels, else
-  // those that there are.
-  void multiply(const Kernels& kernels, const Weights& weights, int64_t panel, const int32_t* rows, int64_t count,
-                float* out, int64_t stride) const {
+  // out[i * stride + n] for the 16 `number` weight rows n of neighbouring panels, from `first` on. 16 are written for each
+  // panel if the weights are in panels, else those that there are.
+  void multiply(const Kernels& kernels, const Weights& weights, int64_t first, int64_t number, const int32_t* rows,
+                int64_t count, float* out, int64_t stride) const {
     if (weights.in_panels) {
-      kernels.gemm.panel(weights.panels, panel, rounded_, rows, count, out, stride);
-    } else {
-      const int64_t first = panel * kPanel, columns = std::min<int64_t>(kPanel, weights.rows() - first);
-      kernels.dense.panel(weights.dense, first, columns, plain_, rows, count, out, stride);
+      kernels.gemm.panels(weights.panels, first, number, rounded_, rows, count, out, stride);
+      return;
+    }
+    for (int64_t p = 0; p < number; ++p) {
+      const int64_t row = (first + p) * kPanel, columns = std::min<int64_t>(kPanel, weights.rows() - row);
+      kernels.dense.panel(weights.dense, row, columns, plain_, rows, count, out + p * kPanel, stride);
     }
   }
 

@@ -23,110 +23,124 @@ inline Bytes shifted(Bytes v, int right) {
   return right >= 0 ? (Bytes)((Words)v >> static_cast<uint16_t>(right)) : (Bytes)((Words)v << static_cast<uint16_t>(-right));
 }
 
-// The eight vectors of a group; `from` points to this part of the panel's lanes in the first one.
+// Vector j of the eight of a group; `from` points to this part of the panel's lanes in the first one. Where loops are
+// unrolled j is known, and only what it needs is loaded.
 template <Kind K>
-inline void unpack(const uint8_t* from, Bytes* v) {
-  if constexpr (K == Kind::g8) {
-    for (int j = 0; j < 8; ++j) v[j] = load<Bytes>(from + 64 * j);
-    return;
-  }
-  if constexpr (K == Kind::q2_k) {
-    for (int j = 0; j < 8; ++j) v[j] = shifted(load<Bytes>(from + j / 4 * 64), 2 * (j % 4)) & bytes(3);
-    return;
-  }
+inline Bytes quant(const uint8_t* from, int j) {
+  if constexpr (K == Kind::g8) return load<Bytes>(from + 64 * j);
+  if constexpr (K == Kind::q2_k) return shifted(load<Bytes>(from + j / 4 * 64), 2 * (j % 4)) & bytes(3);
   if constexpr (K == Kind::q3_k) {
-    const Bytes last = load<Bytes>(from + 128);
-    for (int j = 0; j < 6; ++j) v[j] = shifted(load<Bytes>(from + j / 2 * 64), 3 * (j % 2)) & bytes(7);
-    for (int j = 0; j < 2; ++j) {
-      v[6 + j] = (shifted(load<Bytes>(from + j * 64), 6) & bytes(3)) | (shifted(last, 4 + j) & bytes(4));
-    }
-    return;
+    if (j < 6) return shifted(load<Bytes>(from + j / 2 * 64), 3 * (j % 2)) & bytes(7);
+    const Bytes low = shifted(load<Bytes>(from + (j - 6) * 64), 6) & bytes(3);
+    return low | (shifted(load<Bytes>(from + 128), j - 2) & bytes(4));
   }
-  for (int j = 0; j < 4; ++j) {
-    const Bytes both = load<Bytes>(from + 64 * j);
-    v[2 * j] = both & bytes(15);
-    v[2 * j + 1] = shifted(both, 4) & bytes(15);
-  }
-  if constexpr (K == Kind::q5_k) {
-    const Bytes high = load<Bytes>(from + 256);
-    for (int j = 0; j < 8; ++j) v[j] |= shifted(high, j - 4) & bytes(16);
-  }
-  if constexpr (K == Kind::q6_k) {
-    for (int j = 0; j < 8; ++j) v[j] |= shifted(load<Bytes>(from + 256 + j / 4 * 64), 2 * (j % 4) - 4) & bytes(48);
-  }
+  const Bytes v = shifted(load<Bytes>(from + j / 2 * 64), 4 * (j % 2)) & bytes(15);
+  if constexpr (K == Kind::q5_k) return v | (shifted(load<Bytes>(from + 256), j - 4) & bytes(16));
+  if constexpr (K == Kind::q6_k) return v | (shifted(load<Bytes>(from + 256 + j / 4 * 64), 2 * (j % 4) - 4) & bytes(48));
+  return v;
 }
 
-// --- one part of a panel, a block of M activation rows ---------------------------------------------------------------
+// --- one part of one or two panels, a block of M activation rows -----------------------------------------------------
 
-// How many bytes before their use quants are asked for that are in no cache: the processor itself reaches less far.
-constexpr int kAhead = 4096;
+// How many bytes before their use quants are asked for that are in no cache: the processor itself reaches less far. With
+// many rows more time passes between two requests, and memory takes long in answering when all of it is asked for.
+template <int M>
+constexpr int kAhead = M == 8 ? 8192 : 4096;
 
-// A part of a panel: where its lanes begin in the quants and in scales of one and two bytes. `ahead` is kAhead for the
-// first to read the panel, 0 for the others.
+// A part of N neighbouring panels, which lie `apart` bytes from each other: where its lanes begin in the quants and in
+// scales of one and two bytes. `first`: no other rows have read the panels before.
 struct Part {
-  int number, ahead;
+  int number;
+  bool first;
+  int64_t apart;
 
   // Always inlined, since GCC takes a call that returns and writes nothing for one that does nothing.
-  template <Kind K, int M>
+  template <Kind K, int N, int M>
   [[gnu::always_inline]] inline void prefetch(const uint8_t* group) const {
     // Where there is little to compute, the processor itself keeps the memory busy, and more requests only delay it.
-    if constexpr ((K == Kind::g8 && M <= 2) || (K == Kind::q4_k && M == 1)) return;
-    if (M == 8 && ahead == 0) return;  // with few rows a branch costs more than requests for what is there
-    for (int i = 0; i < quant_bytes_of(K); i += 64) __builtin_prefetch(group + ahead + i);
+    if constexpr (K == Kind::g8 && M <= 2) return;
+    if (N * M == 8 && !first) return;  // with few rows a branch costs more than requests for what is there
+    for (int n = 0; n < N; ++n) {
+      for (int i = 0; i < quant_bytes_of(K); i += 64) __builtin_prefetch(group + n * apart + kAhead<N * M> + i);
+    }
   }
 
   const uint8_t* quants(const uint8_t* panel) const { return panel + number * kBytes; }
-  const uint8_t* ones(const uint8_t* run) const { return run + number * kLanes; }
-  const uint8_t* twos(const uint8_t* run) const { return run + number * 2 * kLanes; }
+  const uint8_t* ones(const uint8_t* run, int n) const { return run + n * apart + number * kLanes; }
+  const uint8_t* twos(const uint8_t* run, int n) const { return run + n * apart + number * 2 * kLanes; }
 };
 
 template <int M>
 using Rows = const RoundedBlock* [M];
 
-// Adds the sums over 4N columns of quants (v) times activations, from column `at` of each row's block on.
-template <int N, int Width, int M>
-inline void add_dots(Ints (&sums)[M], const Bytes* v, const Rows<M>& x, int at) {
+// Adds the sums over the columns of vectors First to Last - 1 of a group (made by `vector`, of a panel and a place) times
+// activations, from column `at` of each row's block on.
+template <int Width, int First, int Last, int N, int M, typename Vector>
+inline void add_dots(Ints (&sums)[N][M], const Vector& vector, const Rows<M>& x, int at) {
   if constexpr (kLanes == 16 && M >= 4) {
     // Across the rows, as a sum waits several cycles for the one before it, and no 16-bit sums are to be kept.
-    UNROLL for (int j = 0; j < N; ++j) {
-      UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<1, Width>(sums[m], v + j, x[m]->q + at + 4 * j);
+    UNROLL for (int j = First; j < Last; ++j) {
+      Bytes v[N];
+      UNROLL for (int n = 0; n < N; ++n) v[n] = vector(n, j);
+      UNROLL for (int m = 0; m < M; ++m) {
+        const int8_t* q = x[m]->q + at + 4 * (j - First);
+        UNROLL for (int n = 0; n < N; ++n) sums[n][m] = dot<1, Width>(sums[n][m], v + n, q);
+      }
     }
   } else {
-    UNROLL for (int m = 0; m < M; ++m) sums[m] = dot<N, Width>(sums[m], v, x[m]->q + at);
+    UNROLL for (int n = 0; n < N; ++n) {
+      Bytes v[Last - First];
+      UNROLL for (int j = First; j < Last; ++j) v[j - First] = vector(n, j);
+      UNROLL for (int m = 0; m < M; ++m) sums[n][m] = dot<Last - First, Width>(sums[n][m], v, x[m]->q + at);
+    }
   }
 }
 
 // The two float steps of a block.
-template <Kind K, int M>
-inline void add_block(Part part, const uint8_t* run, const Rows<M>& x, const Ints (&sums)[M], const Ints (&lows)[M],
-                      Floats (&total)[M]) {
-  const Floats d = halves(part.twos(run + 256));
-  UNROLL for (int m = 0; m < M; ++m) {
-    const Floats step = all(x[m]->scale);
-    total[m] = fma(to_floats(sums[m]), d * step, total[m]);
-    if constexpr (kMinimums<K>) {
-      const Floats dmin = halves(part.twos(run + 288));
-      total[m] = fma(to_floats(lows[m]), -(dmin * step), total[m]);
+template <Kind K, int N, int M>
+inline void add_block(Part part, const uint8_t* run, const Rows<M>& x, const Ints (&sums)[N][M],
+                      const Ints (&lows)[N][M], Floats (&total)[N][M]) {
+  UNROLL for (int n = 0; n < N; ++n) {
+    const Floats d = halves(part.twos(run + 256, n));
+    UNROLL for (int m = 0; m < M; ++m) {
+      const Floats step = all(x[m]->scale);
+      total[n][m] = fma(to_floats(sums[n][m]), d * step, total[n][m]);
+      if constexpr (kMinimums<K>) {
+        const Floats dmin = halves(part.twos(run + 288, n));
+        total[n][m] = fma(to_floats(lows[n][m]), -(dmin * step), total[n][m]);
+      }
     }
   }
 }
 
 // Q4_K and Q5_K: a scale for each 32 columns.
-template <Kind K, int M>
-inline void block_of_32(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]) {
-  Ints sums[M] = {}, lows[M] = {};
+template <Kind K, int N, int M>
+inline void block_of_32(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[N][M]) {
+  Ints sums[N][M] = {}, lows[N][M] = {};
   for (int g = 0; g < 8; ++g) {
-    Bytes v[8];
-    part.prefetch<K, M>(quants + g * quant_bytes_of(K));
-    unpack<K>(quants + g * quant_bytes_of(K), v);
-    const Ints scale = widen(part.ones(run + g * kPanel));
-    Ints dots[M] = {};
-    add_dots<8, kBits<K>>(dots, v, x, g * kGroup);
-    UNROLL for (int m = 0; m < M; ++m) sums[m] += dots[m] * scale;
+    const uint8_t* group = quants + g * quant_bytes_of(K);
+    part.prefetch<K, N, M>(group);
+    const auto vector = [&](int n, int j) { return quant<K>(group + n * part.apart, j); };
+    Ints dots[N][M] = {}, more[N][M] = {};
+    if constexpr (N == 2) {
+      // Twice as many sums: eight are too few to keep both multipliers busy while each waits for the one before it.
+      add_dots<kBits<K>, 0, 4>(dots, vector, x, g * kGroup);
+      add_dots<kBits<K>, 4, 8>(more, vector, x, g * kGroup + 16);
+    } else {
+      add_dots<kBits<K>, 0, 8>(dots, vector, x, g * kGroup);
+    }
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Ints scale = widen(part.ones(run + g * kPanel, n));
+      UNROLL for (int m = 0; m < M; ++m) sums[n][m] += (dots[n][m] + more[n][m]) * scale;
+    }
   }
   UNROLL for (int j = 0; j < 4; ++j) {
-    const Words minimums = pairs(part.twos(run + 128 + j * 2 * kPanel));
-    UNROLL for (int m = 0; m < M; ++m) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(x[m]->sum32 + 2 * j));
+    Words minimums[N];
+    UNROLL for (int n = 0; n < N; ++n) minimums[n] = pairs(part.twos(run + 128 + j * 2 * kPanel, n));
+    UNROLL for (int m = 0; m < M; ++m) {
+      const int32_t by = load<int32_t>(x[m]->sum32 + 2 * j);
+      UNROLL for (int n = 0; n < N; ++n) lows[n][m] = add_pairs(lows[n][m], minimums[n], by);
+    }
   }
   add_block<K>(part, run, x, sums, lows, total);
 }
@@ -139,80 +153,106 @@ inline Ints start(const RoundedBlock& x, int i) {
   return Ints{};
 }
 
+// The scales of the two halves of group g in Q2_K, Q3_K and Q6_K; the minimums of Q2_K as pairs.
+template <Kind K>
+inline void half_scales(Part part, const uint8_t* run, int n, int g, Ints (&scales)[2], Words& minimums) {
+  if constexpr (K == Kind::q6_k) {
+    for (int half = 0; half < 2; ++half) scales[half] = widen_signed(part.ones(run + (2 * g + half) * kPanel, n));
+  } else {
+    const Words both = pairs(part.twos(run + g * 2 * kPanel, n));
+    scales[0] = K == Kind::q2_k ? (Ints)both & 15 : (Ints)both << 24 >> 24;
+    scales[1] = K == Kind::q2_k ? (Ints)both >> 16 & 15 : (Ints)both << 8 >> 24;
+    if constexpr (K == Kind::q2_k) minimums = both >> 4;
+  }
+}
+
 // Q2_K, Q3_K and Q6_K: a scale for each 16 columns.
-template <Kind K, int M>
-inline void block_of_16(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]) {
-  Ints sums[M] = {}, lows[M] = {};
+template <Kind K, int N, int M>
+inline void block_of_16(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[N][M]) {
+  Ints sums[N][M] = {}, lows[N][M] = {};
   for (int g = 0; g < 8; ++g) {
-    Bytes v[8];
-    part.prefetch<K, M>(quants + g * quant_bytes_of(K));
-    unpack<K>(quants + g * quant_bytes_of(K), v);
-    Ints first, second;
-    if constexpr (K == Kind::q6_k) {
-      first = widen_signed(part.ones(run + 2 * g * kPanel));
-      second = widen_signed(part.ones(run + (2 * g + 1) * kPanel));
-    } else {
-      const Words both = pairs(part.twos(run + g * 2 * kPanel));
-      first = K == Kind::q2_k ? (Ints)both & 15 : (Ints)both << 24 >> 24;
-      second = K == Kind::q2_k ? (Ints)both >> 16 & 15 : (Ints)both << 8 >> 24;
+    const uint8_t* group = quants + g * quant_bytes_of(K);
+    part.prefetch<K, N, M>(group);
+    Ints scales[N][2];
+    UNROLL for (int n = 0; n < N; ++n) {
+      Words minimums{};
+      half_scales<K>(part, run, n, g, scales[n], minimums);
       if constexpr (K == Kind::q2_k) {
-        const Words minimums = both >> 4;
-        UNROLL for (int m = 0; m < M; ++m) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(x[m]->sum16 + 2 * g));
+        UNROLL for (int m = 0; m < M; ++m) lows[n][m] = add_pairs(lows[n][m], minimums, load<int32_t>(x[m]->sum16 + 2 * g));
       }
     }
+    const auto vector = [&](int n, int j) { return quant<K>(group + n * part.apart, j); };
+    Ints dots[2][N][M];
     UNROLL for (int m = 0; m < M; ++m) {
-      const int8_t* q = x[m]->q + g * kGroup;
-      sums[m] += dot<4, kBits<K>>(start<K>(*x[m], 2 * g), v, q) * first;
-      sums[m] += dot<4, kBits<K>>(start<K>(*x[m], 2 * g + 1), v + 4, q + 16) * second;
+      UNROLL for (int n = 0; n < N; ++n) dots[0][n][m] = start<K>(*x[m], 2 * g), dots[1][n][m] = start<K>(*x[m], 2 * g + 1);
+    }
+    add_dots<kBits<K>, 0, 4>(dots[0], vector, x, g * kGroup);
+    UNROLL for (int n = 0; n < N; ++n) {
+      UNROLL for (int m = 0; m < M; ++m) sums[n][m] += dots[0][n][m] * scales[n][0];
+    }
+    add_dots<kBits<K>, 4, 8>(dots[1], vector, x, g * kGroup + 16);
+    UNROLL for (int n = 0; n < N; ++n) {
+      UNROLL for (int m = 0; m < M; ++m) sums[n][m] += dots[1][n][m] * scales[n][1];
     }
   }
   add_block<K>(part, run, x, sums, lows, total);
 }
 
 // Q2_K and Q3_K, where products of quants and scales fit in a byte: with enough rows it pays to multiply the weights.
-template <Kind K, int M>
-void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]);
+template <Kind K, int N, int M>
+void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[N][M]);
 
 #if MIXTRAL_LANES == 16
 
 constexpr int kProduct = 124;  // added to the products of Q3_K, -124 to 128
 
-// `both`: the scales of the two halves of a group, as pairs of words.
+// What turns the quants of a panel's group into products: of Q2_K the four products of each of four rows, a table of 16
+// bytes, for each half of the group; of Q3_K the scales as words, and what is added.
 template <Kind K>
-inline void products(const uint8_t* quants, Words both, Bytes* v) {
-  unpack<K>(quants, v);
-  const Ints pair = (Ints)both;
-  if constexpr (K == Kind::q2_k) {
-    // The four products of each of four rows in a table of 16 bytes.
-    const Bytes row = (Bytes)(Ints{0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3} * 0x04040404);
-    const Bytes first = (Bytes)((pair & 15) * 0x03020100), second = (Bytes)((pair >> 16 & 15) * 0x03020100);
-    for (int j = 0; j < 8; ++j) v[j] = look_up(j < 4 ? first : second, v[j] | row);
-  } else {
-    // Two in a word: the carries of the sums undo those of the products.
-    const Words first = (Words)((pair & 0xFFFF) | pair << 16), second = (Words)((pair & -65536) | (pair >> 16 & 0xFFFF));
-    const Words add_first = (kProduct - 4 * first) * 257, add_second = (kProduct - 4 * second) * 257;
-    for (int j = 0; j < 8; ++j) {
-      v[j] = (Bytes)((Words)v[j] * (j < 4 ? first : second) + (j < 4 ? add_first : add_second));
+struct Products {
+  Bytes table[2];
+  Words scale[2], add[2];
+
+  // `both`: the scales of the two halves of a group, as pairs of words.
+  explicit Products(Words both) {
+    const Ints pair = (Ints)both;
+    if constexpr (K == Kind::q2_k) {
+      table[0] = (Bytes)((pair & 15) * 0x03020100), table[1] = (Bytes)((pair >> 16 & 15) * 0x03020100);
+    } else {
+      scale[0] = (Words)((pair & 0xFFFF) | pair << 16), scale[1] = (Words)((pair & -65536) | (pair >> 16 & 0xFFFF));
+      for (int half = 0; half < 2; ++half) add[half] = (kProduct - 4 * scale[half]) * 257;
     }
   }
-}
 
-template <Kind K, int M>
-inline void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x, Floats (&total)[M]) {
-  Ints sums[M] = {}, lows[M] = {};
+  Bytes operator()(const uint8_t* from, int j) const {
+    const Bytes v = quant<K>(from, j);
+    if constexpr (K == Kind::q2_k) {
+      const Bytes row = (Bytes)(Ints{0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3} * 0x04040404);
+      return look_up(table[j / 4], v | row);
+    } else {
+      // Two in a word: the carries of the sums undo those of the products.
+      return (Bytes)((Words)v * scale[j / 4] + add[j / 4]);
+    }
+  }
+};
+
+template <Kind K, int N, int M>
+inline void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x,
+                              Floats (&total)[N][M]) {
+  static_assert(N == 1);  // registers for one panel
+  Ints sums[N][M] = {}, lows[N][M] = {};
   if constexpr (K == Kind::q3_k) {
-    UNROLL for (int m = 0; m < M; ++m) sums[m] = all(-kProduct * x[m]->sum);
+    UNROLL for (int m = 0; m < M; ++m) sums[0][m] = all(-kProduct * x[m]->sum);
   }
   for (int g = 0; g < 8; ++g) {
-    Bytes v[8];
-    const uint8_t* scales = part.twos(run + g * 2 * kPanel);
+    const uint8_t *scales = part.twos(run + g * 2 * kPanel, 0), *group = quants + g * quant_bytes_of(K);
     const Words both = K == Kind::q2_k ? pairs(scales) : pairs_signed(scales);
-    part.prefetch<K, M>(quants + g * quant_bytes_of(K));
-    products<K>(quants + g * quant_bytes_of(K), both, v);
-    add_dots<8, 8>(sums, v, x, g * kGroup);
+    part.prefetch<K, N, M>(group);
+    const Products<K> products(both);
+    add_dots<8, 0, 8>(sums, [&](int, int j) { return products(group, j); }, x, g * kGroup);
     if constexpr (K == Kind::q2_k) {
       const Words minimums = both >> 4;
-      UNROLL for (int m = 0; m < M; ++m) lows[m] = add_pairs(lows[m], minimums, load<int32_t>(x[m]->sum16 + 2 * g));
+      UNROLL for (int m = 0; m < M; ++m) lows[0][m] = add_pairs(lows[0][m], minimums, load<int32_t>(x[m]->sum16 + 2 * g));
     }
   }
   add_block<K>(part, run, x, sums, lows, total);
@@ -220,8 +260,8 @@ inline void block_of_products(Part part, const uint8_t* quants, const uint8_t* r
 
 #endif
 
-template <Kind K, int M>
-inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[M]) {
+template <Kind K, int N, int M>
+inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[N][M]) {
   constexpr int64_t kRun = 8 * quant_bytes_of(K), kStride = (kRun + scale_bytes_of(K) + 63) / 64 * 64;
   const uint8_t* block = w.panel(panel);
   for (int64_t b = 0; b < w.columns / kBlock; ++b, block += kStride) {
@@ -237,8 +277,8 @@ inline void super_blocks(const Panels& w, int64_t panel, Part part, Rows<M>& x, 
   }
 }
 
-template <Kind K, int M>
-inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[M]) {
+template <Kind K, int N, int M>
+inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_t next, Floats (&total)[N][M]) {
   const uint8_t* block = w.panel(panel);
   const uint8_t *quants = part.quants(block), *run = block + w.scales_at(0);
   int64_t number = 0;
@@ -246,26 +286,33 @@ inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_
   const int parts = static_cast<int>(w.group / kGroup);
   int at = 0;  // in the block, in groups of 32 columns
   for (int64_t g = 0; g < w.columns / w.group; ++g, run += scale_bytes_of(K)) {
-    const Ints zero = widen(part.ones(run + 32));
-    Ints sums[M] = {};
+    Ints sums[N][M] = {}, zero[N];
+    UNROLL for (int n = 0; n < N; ++n) zero[n] = widen(part.ones(run + 32, n));
     for (int i = 0; i < parts; ++i, ++at, quants += quant_bytes_of(K)) {
-      Bytes v[8];
-      part.prefetch<K, M>(quants);
-      unpack<K>(quants, v);
+      part.prefetch<K, N, M>(quants);
       // The zeros times one sum of a pair: of which one, its place says.
-      const Words zeros = (Words)(at % 2 ? -zero << 16 : -zero & 0xFFFF);
-      UNROLL for (int m = 0; m < M; ++m) sums[m] = add_pairs(sums[m], zeros, load<int32_t>(x[m]->sum32 + at / 2 * 2));
+      UNROLL for (int n = 0; n < N; ++n) {
+        const Words zeros = (Words)(at % 2 ? -zero[n] << 16 : -zero[n] & 0xFFFF);
+        UNROLL for (int m = 0; m < M; ++m) {
+          sums[n][m] = add_pairs(sums[n][m], zeros, load<int32_t>(x[m]->sum32 + at / 2 * 2));
+        }
+      }
+      const auto vector = [&](int n, int j) { return quant<K>(quants + n * part.apart, j); };
       if constexpr (M >= 4) {
-        add_dots<8, kBits<K>>(sums, v, x, at * kGroup);
+        add_dots<kBits<K>, 0, 8>(sums, vector, x, at * kGroup);
       } else {
         // Few sums at a time: do not wait for those of the columns before.
-        Ints dots[M] = {};
-        add_dots<8, kBits<K>>(dots, v, x, at * kGroup);
-        UNROLL for (int m = 0; m < M; ++m) sums[m] += dots[m];
+        Ints dots[N][M] = {};
+        add_dots<kBits<K>, 0, 8>(dots, vector, x, at * kGroup);
+        UNROLL for (int n = 0; n < N; ++n) {
+          UNROLL for (int m = 0; m < M; ++m) sums[n][m] += dots[n][m];
+        }
       }
     }
-    const Floats d = halves(part.twos(run));
-    UNROLL for (int m = 0; m < M; ++m) total[m] = fma(to_floats(sums[m]), d * all(x[m]->scale), total[m]);
+    UNROLL for (int n = 0; n < N; ++n) {
+      const Floats d = halves(part.twos(run, n));
+      UNROLL for (int m = 0; m < M; ++m) total[n][m] = fma(to_floats(sums[n][m]), d * all(x[m]->scale), total[n][m]);
+    }
     if (at == kBlock / kGroup) {
       at = 0;
       block += stride;
@@ -275,50 +322,72 @@ inline void groups(const Panels& w, int64_t panel, Part part, Rows<M>& x, int64_
   }
 }
 
-template <Kind K, int M>
+template <Kind K, int N, int M>
 void some_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* rows, bool first, float* out,
                int64_t stride) {
   for (int number = 0; number < kParts; ++number) {
-    const Part part{number, first && number == 0 ? kAhead : 0};
+    const Part part{number, first && number == 0, w.panel_bytes()};
     Rows<M> x;
     for (int m = 0; m < M; ++m) x[m] = &a.at(rows[m], 0);
-    Floats total[M] = {};
+    Floats total[N][M] = {};
     if constexpr (K < Kind::g4) {
-      super_blocks<K, M>(w, panel, part, x, a.rows, total);
+      super_blocks<K, N, M>(w, panel, part, x, a.rows, total);
     } else {
-      groups<K, M>(w, panel, part, x, a.rows, total);
+      groups<K, N, M>(w, panel, part, x, a.rows, total);
     }
-    for (int m = 0; m < M; ++m) __builtin_memcpy(out + m * stride + number * kLanes, &total[m], sizeof total[m]);
+    for (int n = 0; n < N; ++n) {
+      for (int m = 0; m < M; ++m) store(out + m * stride + n * kPanel + number * kLanes, total[n][m]);
+    }
   }
 }
 
+// From how many rows on two panels and four rows at a time are faster than one panel and eight, as an activation is then
+// loaded for both panels. With fewer rows reading memory decides, and that is fastest in one run.
 template <Kind K>
-void all_rows(const Panels& w, int64_t panel, const Rounded& a, const int32_t* rows, int64_t count, float* out,
-              int64_t stride) {
+constexpr int64_t kPairs = kLanes == 16 && (K == Kind::q4_k || K == Kind::q6_k || K >= Kind::g4) ? 16 : 0;
+
+template <Kind K>
+void one_panel(const Panels& w, int64_t panel, const Rounded& a, const int32_t* rows, int64_t count, bool first, float* out,
+               int64_t stride) {
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) some_rows<K, 8>(w, panel, a, rows + i, i == 0, out + i * stride, stride);
-  if (count - i >= 4) some_rows<K, 4>(w, panel, a, rows + i, i == 0, out + i * stride, stride), i += 4;
-  if (count - i >= 2) some_rows<K, 2>(w, panel, a, rows + i, i == 0, out + i * stride, stride), i += 2;
-  if (count - i >= 1) some_rows<K, 1>(w, panel, a, rows + i, i == 0, out + i * stride, stride);
+  for (; i + 8 <= count; i += 8) some_rows<K, 1, 8>(w, panel, a, rows + i, first && i == 0, out + i * stride, stride);
+  if (count - i >= 4) some_rows<K, 1, 4>(w, panel, a, rows + i, first && i == 0, out + i * stride, stride), i += 4;
+  if (count - i >= 2) some_rows<K, 1, 2>(w, panel, a, rows + i, first && i == 0, out + i * stride, stride), i += 2;
+  if (count - i >= 1) some_rows<K, 1, 1>(w, panel, a, rows + i, first && i == 0, out + i * stride, stride);
 }
 
-void panel(const Panels& w, int64_t number, const Rounded& a, const int32_t* rows, int64_t count, float* out,
-           int64_t stride) {
+template <Kind K>
+void all_rows(const Panels& w, int64_t panel, int64_t panels, const Rounded& a, const int32_t* rows, int64_t count,
+              float* out, int64_t stride) {
+  if constexpr (kPairs<K> > 0) {
+    const int64_t fours = count / 4 * 4;
+    for (; panels >= 2 && count >= kPairs<K>; panels -= 2, panel += 2, out += 2 * kPanel) {
+      for (int64_t i = 0; i < fours; i += 4) some_rows<K, 2, 4>(w, panel, a, rows + i, i == 0, out + i * stride, stride);
+      for (int64_t p = 0; p < 2 && fours < count; ++p) {
+        one_panel<K>(w, panel + p, a, rows + fours, count - fours, false, out + fours * stride + p * kPanel, stride);
+      }
+    }
+  }
+  for (; panels > 0; --panels, ++panel, out += kPanel) one_panel<K>(w, panel, a, rows, count, true, out, stride);
+}
+
+void panels(const Panels& w, int64_t first, int64_t number, const Rounded& a, const int32_t* rows, int64_t count,
+            float* out, int64_t stride) {
   switch (w.kind) {
     case Kind::q2_k:
-      return all_rows<Kind::q2_k>(w, number, a, rows, count, out, stride);
+      return all_rows<Kind::q2_k>(w, first, number, a, rows, count, out, stride);
     case Kind::q3_k:
-      return all_rows<Kind::q3_k>(w, number, a, rows, count, out, stride);
+      return all_rows<Kind::q3_k>(w, first, number, a, rows, count, out, stride);
     case Kind::q4_k:
-      return all_rows<Kind::q4_k>(w, number, a, rows, count, out, stride);
+      return all_rows<Kind::q4_k>(w, first, number, a, rows, count, out, stride);
     case Kind::q5_k:
-      return all_rows<Kind::q5_k>(w, number, a, rows, count, out, stride);
+      return all_rows<Kind::q5_k>(w, first, number, a, rows, count, out, stride);
     case Kind::q6_k:
-      return all_rows<Kind::q6_k>(w, number, a, rows, count, out, stride);
+      return all_rows<Kind::q6_k>(w, first, number, a, rows, count, out, stride);
     case Kind::g4:
-      return all_rows<Kind::g4>(w, number, a, rows, count, out, stride);
+      return all_rows<Kind::g4>(w, first, number, a, rows, count, out, stride);
     case Kind::g8:
-      return all_rows<Kind::g8>(w, number, a, rows, count, out, stride);
+      return all_rows<Kind::g8>(w, first, number, a, rows, count, out, stride);
   }
 }
 
@@ -388,6 +457,6 @@ void swiglu(const float* gate, const float* up, float* out, int64_t count) {
 }  // namespace
 
 extern const GemmTable gemm;
-const GemmTable gemm = {round, panel, swiglu};
+const GemmTable gemm = {round, panels, swiglu};
 
 }  // namespace mixtral::MIXTRAL_LEVEL

@@ -86,11 +86,11 @@ void write_strip(const Kernels& kernels, const Weights& w, int64_t first, const 
                  int64_t count, const float* residual, float* out, int64_t stride) {
   const int64_t columns = std::min(kWide, w.rows() - first * kPanel), panels = (columns + kPanel - 1) / kPanel;
   if (residual == nullptr && columns % kPanel == 0) {
-    for (int64_t p = 0; p < panels; ++p) a.multiply(kernels, w, first + p, rows, count, out + p * kPanel, stride);
+    a.multiply(kernels, w, first, panels, rows, count, out, stride);
     return;
   }
   float* tile = scratch(0, count * kWide);
-  for (int64_t p = 0; p < panels; ++p) a.multiply(kernels, w, first + p, rows, count, tile + p * kPanel, kWide);
+  a.multiply(kernels, w, first, panels, rows, count, tile, kWide);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t c = 0; c < columns; ++c) {
       const float found = tile[i * kWide + c];
@@ -170,8 +170,8 @@ void hidden_block(const Kernels& kernels, const Weights& gate, const Weights& up
     const int32_t* rows = sorted.rows.data() + at;
     // First all of one matrix, then all of the other: memory is fastest in long runs.
     const int64_t first = block * (kBlock / kPanel);
-    for (int64_t p = 0; p < panels; ++p) x.multiply(kernels, gate, first + p, rows, count, g + p * kPanel, kBlock);
-    for (int64_t p = 0; p < panels; ++p) x.multiply(kernels, up, first + p, rows, count, u + p * kPanel, kBlock);
+    x.multiply(kernels, gate, first, panels, rows, count, g, kBlock);
+    x.multiply(kernels, up, first, panels, rows, count, u, kBlock);
     for (int64_t i = 0; i < count; ++i) {
       kernels.gemm.swiglu(g + i * kBlock, u + i * kBlock, g + i * kBlock, panels * kPanel);
       hidden.fill_block(kernels, g + i * kBlock, at + i, block);
@@ -187,10 +187,8 @@ void down_strip(const Kernels& kernels, const Experts& weights, const Activation
   float* parts = scratch(0, static_cast<int64_t>(all.size()) * kWide);
   for (const int64_t e : sorted.used) {
     const int64_t start = sorted.start(e);
-    for (int64_t p = 0; p < (columns + kPanel - 1) / kPanel; ++p) {
-      hidden.multiply(kernels, weights.down[e], first + p, all.data() + start, sorted.count(e),
-                      parts + start * kWide + p * kPanel, kWide);
-    }
+    hidden.multiply(kernels, weights.down[e], first, (columns + kPanel - 1) / kPanel, all.data() + start,
+                    sorted.count(e), parts + start * kWide, kWide);
   }
   for (int64_t row = 0; row < rows; ++row) {
     float sum[kWide] = {};

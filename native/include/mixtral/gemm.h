@@ -35,9 +35,10 @@ struct Rounded {
 struct GemmTable {
   // Rounds `count` values (at most 256).
   void (*round)(const float* values, int count, RoundedBlock& to);
-  // out[i * stride + n] for the 16 rows n of a panel and the activation rows[i], i < count. Writes all 16.
-  void (*panel)(const Panels& weights, int64_t panel, const Rounded& a, const int32_t* rows, int64_t count, float* out,
-                int64_t stride);
+  // out[i * stride + n] for the 16 `number` rows n of neighbouring panels, from `first` on, and the activation rows[i],
+  // i < count. Writes 16 for each panel.
+  void (*panels)(const Panels& weights, int64_t first, int64_t number, const Rounded& a, const int32_t* rows,
+                 int64_t count, float* out, int64_t stride);
   // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]; count is a multiple of 16.
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t count);
 };
