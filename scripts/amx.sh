@@ -17,5 +17,6 @@ assert "build/amx" in native.__file__, native.__file__
 if "amx" not in native.kernel_levels():
     sys.exit("this processor has no AVX-512 with VNNI and BF16, which the kernels for AMX use too")'
 "$root/objects/tiles"
+"$root/objects/stress" amx
 PYTHONPATH="$root/site" "$python" -m pytest -q -p no:cacheprovider -m "not slow and not peers" \
   tests/compiled tests/quant/test_panels.py tests/bench/test_limits.py ${ARGS:-}

@@ -42,17 +42,11 @@ class Activations {
     const int64_t padded = (columns + 31) / 32 * 32;
     if (forms.rounded) {
       rounded_ = {rows, columns, nullptr};
-      const int64_t count = rows * rounded_.blocks(), behind = tiles_ ? kTile - 1 : 0;
-      blocks_ = make<RoundedBlock>(count + behind);
+      // Tiles read a few more rows, and use nothing of them.
+      blocks_ = make<RoundedBlock>(rows * rounded_.blocks() + (tiles_ ? kTile - 1 : 0));
       rounded_.data = blocks_.get();
-      // What tiles read and do not use.
-      std::memset(static_cast<void*>(rounded_.data + count), 0, static_cast<size_t>(behind) * sizeof(RoundedBlock));
     }
-    if (forms.bf16) {
-      const int64_t whole = (rows + kTile - 1) / kTile * kTile;
-      bf16_ = make<uint16_t>((tiles_ ? whole : rows) * padded);
-      if (tiles_) std::memset(bf16_.get(), 0, static_cast<size_t>(whole * padded) * sizeof(uint16_t));
-    }
+    if (forms.bf16) bf16_ = make<uint16_t>((tiles_ ? (rows + kTile - 1) / kTile * kTile : rows) * padded);
     if (forms.f32) f32_ = make<float>(rows * padded);
     plain_ = {padded, bf16_.get(), f32_.get()};
   }

@@ -45,8 +45,9 @@ const Kernels* find_kernels(std::string_view level) {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
   const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
-  const bool has_tiles = has_bf16 && has_amx();
-  if (level == "amx" || (level.empty() && has_tiles)) return has_tiles ? &amx::kernels : nullptr;
+  // Asked only if it matters: the system is asked for permission.
+  const bool has_tiles = (level == "amx" || level.empty()) && has_bf16 && has_amx();
+  if (level == "amx" || has_tiles) return has_tiles ? &amx::kernels : nullptr;
   if (level == "avx512bf16" || (level.empty() && has_bf16)) return has_bf16 ? &avx512bf16::kernels : nullptr;
   if (level == "avx512vnni" || (level.empty() && has_vnni)) return has_vnni ? &avx512vnni::kernels : nullptr;
   if (level == "avx2" || (level.empty() && has_avx2)) return has_avx2 ? &avx2::kernels : nullptr;
@@ -141,7 +142,7 @@ void project(const Kernels& kernels, const Input& input, const Weights* const* m
 namespace {
 
 // The assignments of rows to experts, sorted by expert: where each expert's begin, a multiple of `step`, how many there
-// are, and the row of each.
+// are, and the row of each, -1 where none is.
 struct Sorted {
   std::vector<int64_t> starts, counts;
   std::vector<int32_t> rows, places;  // place [rows, choices]: number of the assignment
@@ -159,7 +160,7 @@ struct Sorted {
       starts[e] = total;
       total += (counts[e] + step - 1) / step * step;
     }
-    rows.resize(static_cast<size_t>(total));
+    rows.assign(static_cast<size_t>(total), -1);
     std::vector<int64_t> next = starts;
     for (int64_t i = 0; i < assigned; ++i) {
       const int64_t at = next[static_cast<size_t>(picks.experts[i])]++;
@@ -230,16 +231,18 @@ Forms inputs_of(const Experts& weights) {
 // neighbours.
 void mix(const Kernels& kernels, const Activations& x, int64_t rows, const Picks& picks, const Experts& weights,
          const float* residual, float* out, int threads) {
-  const Sorted sorted(picks, rows, weights.count, kernels.tiles ? kTile : 1);
-  const std::vector<int32_t> all = numbers(sorted.total);
-  const Activations gathered(kernels, kernels.tiles ? sorted.total : 0, weights.down[0].rows(), inputs_of(weights));
-  parallel(gathered.rows() / kTile, threads, [&](int64_t tile) {
-    for (int64_t at = tile * kTile; at < (tile + 1) * kTile; ++at) {
-      gathered.copy_row(x, sorted.rows[static_cast<size_t>(at)], at);  // row 0 where there is none
-    }
-  });
+  const Forms inputs = inputs_of(weights);
   Forms forms;
   for (int64_t e = 0; e < weights.count; ++e) forms.add(weights.down[e]);
+  const Sorted sorted(picks, rows, weights.count, kernels.tiles && (inputs.bf16 || forms.bf16) ? kTile : 1);
+  const std::vector<int32_t> all = numbers(sorted.total);
+  const Activations gathered(kernels, kernels.tiles ? sorted.total : 0, weights.down[0].rows(), inputs);
+  parallel((gathered.rows() + kTile - 1) / kTile, threads, [&](int64_t tile) {
+    for (int64_t at = tile * kTile; at < std::min(gathered.rows(), (tile + 1) * kTile); ++at) {
+      const int32_t row = sorted.rows[static_cast<size_t>(at)];
+      if (row >= 0) gathered.copy_row(x, row, at);
+    }
+  });
   const Activations hidden(kernels, sorted.total, weights.down[0].columns(), forms);
   const int64_t blocks = hidden.blocks();
   const int64_t items = static_cast<int64_t>(sorted.used.size()) * blocks;

@@ -15,6 +15,9 @@ from mixtral.config import MixtralConfig
 from mixtral.model.mixtral import Linear
 from mixtral.model.moe import Experts
 from mixtral.ops.native import kernel_levels, module
+from mixtral.quant.encode import encode_rows
+from mixtral.quant.packed import Blocks
+from mixtral.quant.panels import to_panels
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 COUNTS = [*range(1, 10), 15, 16, 17, 31, 33, 64, 129, 500]
@@ -208,6 +211,37 @@ def test_mixture(kind: str, level: str) -> None:
         assert torch.equal(alone[0], found[t])
         assert all(torch.equal(a[0], b[t]) for a, b in zip(only, route, strict=True))
     assert torch.equal(layer.run(x, of_the_same_order(kind, level))[0], found)
+
+
+@pytest.mark.parametrize("level", kernel_levels())
+def test_experts_of_several_formats(level: str) -> None:
+    """Quantised and plain matrices side by side: close to float64, and a token alone has the same bits."""
+    weights = [[random((256, 256), 3 * part + e) / 16 for e in range(3)] for part in range(3)]
+    blocks = [[Blocks("Q6_K", encode_rows(weight, "Q6_K")) for weight in part] for part in weights]
+    plain = [[(part + e) % 2 == 0 for e in range(3)] for part in range(3)]
+    kept = [[weight.bfloat16().view(torch.uint8).reshape(-1).numpy() for weight in part] for part in weights]
+    panels = [[to_panels(block) for block in part] for part in blocks]
+    views = [
+        [module().DenseMatrix(0, 256, 256, kept[p][e]) if plain[p][e] else panels[p][e].matrix for e in range(3)]  # type: ignore[union-attr]
+        for p in range(3)
+    ]
+    exact = [
+        [weights[p][e].bfloat16().double() if plain[p][e] else blocks[p][e].decode(torch.float64) for e in range(3)]
+        for p in range(3)
+    ]
+    x, picks = random((70, 256), 20), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [2, 1]] * 14)
+    shares, together = torch.rand((70, 2), generator=torch.Generator().manual_seed(1)), module().ExpertSet(*views)
+    out, alone = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    module().experts(x.numpy(), picks.numpy(), shares.numpy(), together, out.numpy(), 2, level)
+    for t in range(70):
+        row = slice(t, t + 1)
+        module().experts(
+            x[row].numpy(), picks[row].numpy(), shares[row].numpy(), together, alone[row].numpy(), 1, level
+        )
+    assert torch.equal(alone, out)
+    gate_up = torch.stack([torch.cat(pair) for pair in zip(exact[0], exact[1], strict=True)])
+    expected = ops.reference.experts(x.double(), picks, shares, gate_up, torch.stack(exact[2]))
+    assert ((out - expected).norm() / expected.norm()).item() < 0.03
 
 
 def test_ties_go_to_the_lower_expert() -> None:

@@ -18,8 +18,8 @@ namespace mixtral {
 
 struct Kernels {
   const char* level;
-  // Whether products are made in tiles of 16 rows: then rows that are multiplied together must be neighbours, the first
-  // one a multiple of 16.
+  // Whether products are made in tiles of 16 rows: then rows that are multiplied together must be neighbours, those of
+  // bfloat16 from a multiple of 16 on.
   bool tiles;
   const GemmTable& gemm;
   const DenseTable& dense;
