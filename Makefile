@@ -15,7 +15,7 @@ FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve chat test test-slow test-all test-peers test-levels sanitize lint format bench map
+.PHONY: help install dev serve chat test test-slow test-all test-peers test-levels test-amx sanitize lint format bench map
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -66,6 +66,9 @@ test-levels: $(VENV)/.dev  ## the tests that run kernels, with each lower instru
 		echo "== MIXTRAL_ISA=$$level"; \
 		MIXTRAL_ISA=$$level $(BIN)/python -m pytest -n 2 -m "not slow and not peers" $(KERNEL_TESTS) $(ARGS); \
 	done
+
+test-amx: $(VENV)/.dev  ## kernel tests on emulated AMX, for which everything is compiled once more
+	PYTHON=$(BIN)/python ARGS="$(ARGS)" scripts/amx.sh
 
 sanitize: $(VENV)/.dev  ## kernel tests with the address, undefined and thread sanitizers of GCC; compiles twice
 	PYTHON=$(BIN)/python ARGS="$(ARGS)" scripts/sanitize.sh

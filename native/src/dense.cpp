@@ -123,8 +123,8 @@ void all_rows(const Dense& weights, int64_t first, int64_t columns, const Plain&
   }
 }
 
-void panel(const Dense& weights, int64_t first, int64_t columns, const Plain& a, const int32_t* rows, int64_t count,
-           float* out, int64_t stride) {
+void one_panel(const Dense& weights, int64_t first, int64_t columns, const Plain& a, const int32_t* rows, int64_t count,
+               float* out, int64_t stride) {
   switch (weights.kind) {
     case Float::bf16:
       return all_rows<Float::bf16>(weights, first, columns, a, rows, count, out, stride);
@@ -135,18 +135,27 @@ void panel(const Dense& weights, int64_t first, int64_t columns, const Plain& a,
   }
 }
 
-void narrow(const float* from, int64_t count, uint16_t* to) {
+void multiply(const Dense& weights, int64_t first, int64_t columns, const Plain& a, const int32_t* rows, int64_t count,
+              float* out, int64_t stride) {
+  for (int64_t n = 0; n < columns; n += 16) {
+    one_panel(weights, first + n, columns - n < 16 ? columns - n : 16, a, rows, count, out + n, stride);
+  }
+}
+
+void narrow(const float* from, int64_t count, int64_t zeros, const Plain& a, int64_t row, int64_t column) {
+  uint16_t* to = a.bf16 + row * a.padded + column;
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
     typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
     store(to + i, __builtin_convertvector(to_bf16(load<Floats>(from + i)), Narrow));
   }
   for (; i < count; ++i) to[i] = to_bf16(from[i]);
+  for (; i < count + zeros; ++i) to[i] = 0;
 }
 
 }  // namespace
 
 extern const DenseTable dense;
-const DenseTable dense = {panel, narrow};
+const DenseTable dense = {multiply, narrow};
 
 }  // namespace mixtral::MIXTRAL_LEVEL

@@ -4,41 +4,10 @@
 // internal to this file: a copy made for wide registers must never serve a processor without them.
 #include "mixtral/gemm.h"
 
-#include "integers.h"
+#include "quants.h"
 
 namespace mixtral::MIXTRAL_LEVEL {
 namespace {
-
-// --- quants of a group of 32 columns ---------------------------------------------------------------------------------
-
-// Bits of a quant, and whether 16 columns share a scale.
-template <Kind K>
-constexpr int kBits = K == Kind::q5_k ? 5 : K == Kind::q6_k ? 6 : K == Kind::g8 ? 8 : 4;
-template <Kind K>
-constexpr bool kSixteen = K == Kind::q2_k || K == Kind::q3_k || K == Kind::q6_k;
-template <Kind K>
-constexpr bool kMinimums = K == Kind::q2_k || K == Kind::q4_k || K == Kind::q5_k;
-
-inline Bytes shifted(Bytes v, int right) {
-  return right >= 0 ? (Bytes)((Words)v >> static_cast<uint16_t>(right)) : (Bytes)((Words)v << static_cast<uint16_t>(-right));
-}
-
-// Vector j of the eight of a group; `from` points to this part of the panel's lanes in the first one. Where loops are
-// unrolled j is known, and only what it needs is loaded.
-template <Kind K>
-inline Bytes quant(const uint8_t* from, int j) {
-  if constexpr (K == Kind::g8) return load<Bytes>(from + 64 * j);
-  if constexpr (K == Kind::q2_k) return shifted(load<Bytes>(from + j / 4 * 64), 2 * (j % 4)) & bytes(3);
-  if constexpr (K == Kind::q3_k) {
-    if (j < 6) return shifted(load<Bytes>(from + j / 2 * 64), 3 * (j % 2)) & bytes(7);
-    const Bytes low = shifted(load<Bytes>(from + (j - 6) * 64), 6) & bytes(3);
-    return low | (shifted(load<Bytes>(from + 128), j - 2) & bytes(4));
-  }
-  const Bytes v = shifted(load<Bytes>(from + j / 2 * 64), 4 * (j % 2)) & bytes(15);
-  if constexpr (K == Kind::q5_k) return v | (shifted(load<Bytes>(from + 256), j - 4) & bytes(16));
-  if constexpr (K == Kind::q6_k) return v | (shifted(load<Bytes>(from + 256 + j / 4 * 64), 2 * (j % 4) - 4) & bytes(48));
-  return v;
-}
 
 // --- one part of one or two panels, a block of M activation rows -----------------------------------------------------
 
@@ -204,38 +173,6 @@ void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, con
 
 #if MIXTRAL_LANES == 16
 
-constexpr int kProduct = 124;  // added to the products of Q3_K, -124 to 128
-
-// What turns the quants of a panel's group into products: of Q2_K the four products of each of four rows, a table of 16
-// bytes, for each half of the group; of Q3_K the scales as words, and what is added.
-template <Kind K>
-struct Products {
-  Bytes table[2];
-  Words scale[2], add[2];
-
-  // `both`: the scales of the two halves of a group, as pairs of words.
-  explicit Products(Words both) {
-    const Ints pair = (Ints)both;
-    if constexpr (K == Kind::q2_k) {
-      table[0] = (Bytes)((pair & 15) * 0x03020100), table[1] = (Bytes)((pair >> 16 & 15) * 0x03020100);
-    } else {
-      scale[0] = (Words)((pair & 0xFFFF) | pair << 16), scale[1] = (Words)((pair & -65536) | (pair >> 16 & 0xFFFF));
-      for (int half = 0; half < 2; ++half) add[half] = (kProduct - 4 * scale[half]) * 257;
-    }
-  }
-
-  Bytes operator()(const uint8_t* from, int j) const {
-    const Bytes v = quant<K>(from, j);
-    if constexpr (K == Kind::q2_k) {
-      const Bytes row = (Bytes)(Ints{0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3} * 0x04040404);
-      return look_up(table[j / 4], v | row);
-    } else {
-      // Two in a word: the carries of the sums undo those of the products.
-      return (Bytes)((Words)v * scale[j / 4] + add[j / 4]);
-    }
-  }
-};
-
 template <Kind K, int N, int M>
 inline void block_of_products(Part part, const uint8_t* quants, const uint8_t* run, const Rows<M>& x,
                               Floats (&total)[N][M]) {
@@ -371,23 +308,23 @@ void all_rows(const Panels& w, int64_t panel, int64_t panels, const Rounded& a, 
   for (; panels > 0; --panels, ++panel, out += kPanel) one_panel<K>(w, panel, a, rows, count, true, out, stride);
 }
 
-void panels(const Panels& w, int64_t first, int64_t number, const Rounded& a, const int32_t* rows, int64_t count,
+void multiply(const Panels& w, int64_t first, int64_t panels, const Rounded& a, const int32_t* rows, int64_t count,
             float* out, int64_t stride) {
   switch (w.kind) {
     case Kind::q2_k:
-      return all_rows<Kind::q2_k>(w, first, number, a, rows, count, out, stride);
+      return all_rows<Kind::q2_k>(w, first, panels, a, rows, count, out, stride);
     case Kind::q3_k:
-      return all_rows<Kind::q3_k>(w, first, number, a, rows, count, out, stride);
+      return all_rows<Kind::q3_k>(w, first, panels, a, rows, count, out, stride);
     case Kind::q4_k:
-      return all_rows<Kind::q4_k>(w, first, number, a, rows, count, out, stride);
+      return all_rows<Kind::q4_k>(w, first, panels, a, rows, count, out, stride);
     case Kind::q5_k:
-      return all_rows<Kind::q5_k>(w, first, number, a, rows, count, out, stride);
+      return all_rows<Kind::q5_k>(w, first, panels, a, rows, count, out, stride);
     case Kind::q6_k:
-      return all_rows<Kind::q6_k>(w, first, number, a, rows, count, out, stride);
+      return all_rows<Kind::q6_k>(w, first, panels, a, rows, count, out, stride);
     case Kind::g4:
-      return all_rows<Kind::g4>(w, first, number, a, rows, count, out, stride);
+      return all_rows<Kind::g4>(w, first, panels, a, rows, count, out, stride);
     case Kind::g8:
-      return all_rows<Kind::g8>(w, first, number, a, rows, count, out, stride);
+      return all_rows<Kind::g8>(w, first, panels, a, rows, count, out, stride);
   }
 }
 
@@ -457,6 +394,6 @@ void swiglu(const float* gate, const float* up, float* out, int64_t count) {
 }  // namespace
 
 extern const GemmTable gemm;
-const GemmTable gemm = {round, panels, swiglu};
+const GemmTable gemm = {round, multiply, swiglu};
 
 }  // namespace mixtral::MIXTRAL_LEVEL

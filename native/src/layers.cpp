@@ -3,30 +3,37 @@
 
 #include "activations.h"
 #include "mixtral/pool.h"
+#include "mixtral/processor.h"
 
 namespace mixtral {
 
-// The tables of an instruction set; those of bfloat16 differ only where bfloat16 is multiplied.
-#define TABLES(level, other)                                                                          \
-  namespace level {                                                                                   \
-  extern const DenseTable dense;                                                                      \
-  extern const AttentionTable attention;                                                              \
-  extern const LimitTable limits;                                                                     \
-  }                                                                                                   \
-  namespace other {                                                                                   \
-  extern const GemmTable gemm;                                                                        \
-  extern const RowTable rows;                                                                         \
-  }                                                                                                   \
-  namespace level {                                                                                   \
-  const Kernels kernels = {#level, other::gemm, level::dense, other::rows, level::attention, \
-                           level::limits};                                                            \
+// The tables that an instruction set may have of its own.
+#define TABLES(level)                    \
+  namespace level {                      \
+  extern const GemmTable gemm;           \
+  extern const DenseTable dense;         \
+  extern const RowTable rows;            \
+  extern const AttentionTable attention; \
+  extern const LimitTable limits;        \
   }
 
-TABLES(baseline, baseline)
+// Products of integers, products of bfloat16 and attention; rows are those of `other`.
+#define KERNELS(level, tiles, integers, floats, other) \
+  namespace level {                                    \
+  const Kernels kernels = {#level, tiles, integers::gemm, level::dense, other::rows, floats::attention, level::limits}; \
+  }
+
+TABLES(baseline)
+KERNELS(baseline, false, baseline, baseline, baseline)
 #ifdef MIXTRAL_X86
-TABLES(avx2, avx2)
-TABLES(avx512vnni, avx512vnni)
-TABLES(avx512bf16, avx512vnni)
+TABLES(avx2)
+TABLES(avx512vnni)
+TABLES(avx512bf16)
+TABLES(amx)
+KERNELS(avx2, false, avx2, avx2, avx2)
+KERNELS(avx512vnni, false, avx512vnni, avx512vnni, avx512vnni)
+KERNELS(avx512bf16, false, avx512vnni, avx512bf16, avx512vnni)
+KERNELS(amx, true, amx, avx512bf16, avx512vnni)
 #endif
 
 const Kernels* find_kernels(std::string_view level) {
@@ -38,6 +45,9 @@ const Kernels* find_kernels(std::string_view level) {
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
   const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
+  // Asked only if it matters: the system is asked for permission.
+  const bool has_tiles = (level == "amx" || level.empty()) && has_bf16 && has_amx();
+  if (level == "amx" || has_tiles) return has_tiles ? &amx::kernels : nullptr;
   if (level == "avx512bf16" || (level.empty() && has_bf16)) return has_bf16 ? &avx512bf16::kernels : nullptr;
   if (level == "avx512vnni" || (level.empty() && has_vnni)) return has_vnni ? &avx512vnni::kernels : nullptr;
   if (level == "avx2" || (level.empty() && has_avx2)) return has_avx2 ? &avx2::kernels : nullptr;
@@ -66,7 +76,9 @@ std::vector<int32_t> numbers(int64_t count) {
 // another one takes longer.
 template <typename Work>
 void each_row(const Kernels& kernels, const Input& input, int threads, const Work& work) {
-  const int64_t step = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, input.columns));
+  int64_t step = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, input.columns));
+  // The rows of a tile share lines of memory.
+  if (kernels.tiles) step = (step + kTile - 1) / kTile * kTile;
   const auto item = [&](int64_t number) {
     for (int64_t row = number * step; row < std::min(input.rows, (number + 1) * step); ++row) {
       const float* x = input.x + row * input.columns;
@@ -116,7 +128,7 @@ void project(const Kernels& kernels, const Input& input, const Weights* const* m
     for (int64_t row = 0; row < matrices[i]->rows(); row += kWide) strips.push_back({matrices[i], row / kPanel, width + row});
     width += matrices[i]->rows();
   }
-  const Activations activations(input.rows, input.columns, forms);
+  const Activations activations(kernels, input.rows, input.columns, forms);
   each_row(kernels, input, threads, [&](int64_t row, const float* x) { activations.fill_row(kernels, x, row); });
   const std::vector<int32_t> all = numbers(input.rows);
   const int64_t items = static_cast<int64_t>(strips.size());
@@ -129,23 +141,27 @@ void project(const Kernels& kernels, const Input& input, const Weights* const* m
 
 namespace {
 
-// The assignments of rows to experts, sorted by expert: where each expert's begin, and the row of each.
+// The assignments of rows to experts, sorted by expert: where each expert's begin, a multiple of `step`, how many there
+// are, and the row of each, -1 where none is.
 struct Sorted {
-  std::vector<int64_t> starts;
+  std::vector<int64_t> starts, counts;
   std::vector<int32_t> rows, places;  // place [rows, choices]: number of the assignment
   std::vector<int64_t> used;          // experts that have any
+  int64_t total = 0;                  // numbers, those that are left out to the next multiple included
 
-  Sorted(const Picks& picks, int64_t rows_, int64_t experts)
-      : starts(static_cast<size_t>(experts + 1)),
-        rows(static_cast<size_t>(rows_ * picks.choices)),
+  Sorted(const Picks& picks, int64_t rows_, int64_t experts, int64_t step)
+      : starts(static_cast<size_t>(experts)),
+        counts(static_cast<size_t>(experts)),
         places(static_cast<size_t>(rows_ * picks.choices)) {
     const int64_t assigned = rows_ * picks.choices;
-    for (int64_t i = 0; i < assigned; ++i) ++starts[static_cast<size_t>(picks.experts[i] + 1)];
-    for (size_t e = 1; e < starts.size(); ++e) {
-      if (starts[e] > 0) used.push_back(static_cast<int64_t>(e) - 1);
-      starts[e] += starts[e - 1];
+    for (int64_t i = 0; i < assigned; ++i) ++counts[static_cast<size_t>(picks.experts[i])];
+    for (size_t e = 0; e < counts.size(); ++e) {
+      if (counts[e] > 0) used.push_back(static_cast<int64_t>(e));
+      starts[e] = total;
+      total += (counts[e] + step - 1) / step * step;
     }
-    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+    rows.assign(static_cast<size_t>(total), -1);
+    std::vector<int64_t> next = starts;
     for (int64_t i = 0; i < assigned; ++i) {
       const int64_t at = next[static_cast<size_t>(picks.experts[i])]++;
       rows[static_cast<size_t>(at)] = static_cast<int32_t>(i / picks.choices);
@@ -154,20 +170,23 @@ struct Sorted {
   }
 
   int64_t start(int64_t expert) const { return starts[static_cast<size_t>(expert)]; }
-  int64_t count(int64_t expert) const { return start(expert + 1) - start(expert); }
+  int64_t count(int64_t expert) const { return counts[static_cast<size_t>(expert)]; }
 };
 
 // Columns [256 block, ...) of silu(gate) * up of one expert's rows, rounded at once: only this thread has them all.
+// `places`: where in x the row of each assignment is.
 void hidden_block(const Kernels& kernels, const Weights& gate, const Weights& up, const Activations& x,
-                  const Sorted& sorted, int64_t expert, int64_t block, const Activations& hidden) {
-  constexpr int64_t kRows = 64;  // of these columns at a time: the results stay in the cache
+                  const std::vector<int32_t>& places, const Sorted& sorted, int64_t expert, int64_t block,
+                  const Activations& hidden) {
+  // Of these columns at a time: the results stay in the cache. Tiles unpack the weights once for all of them.
+  const int64_t kRows = kernels.tiles ? 128 : 64;
   const int64_t columns = std::min<int64_t>(kBlock, gate.rows() - block * kBlock);
-  const int64_t panels = (columns + kPanel - 1) / kPanel, end = sorted.start(expert + 1);
+  const int64_t panels = (columns + kPanel - 1) / kPanel, end = sorted.start(expert) + sorted.count(expert);
   float* g = scratch(0, 2 * kRows * kBlock);
   float* u = g + kRows * kBlock;
   for (int64_t at = sorted.start(expert); at < end; at += kRows) {
     const int64_t count = std::min(kRows, end - at);
-    const int32_t* rows = sorted.rows.data() + at;
+    const int32_t* rows = places.data() + at;
     // First all of one matrix, then all of the other: memory is fastest in long runs.
     const int64_t first = block * (kBlock / kPanel);
     x.multiply(kernels, gate, first, panels, rows, count, g, kBlock);
@@ -187,8 +206,8 @@ void down_strip(const Kernels& kernels, const Experts& weights, const Activation
   float* parts = scratch(0, static_cast<int64_t>(all.size()) * kWide);
   for (const int64_t e : sorted.used) {
     const int64_t start = sorted.start(e);
-    hidden.multiply(kernels, weights.down[e], first, (columns + kPanel - 1) / kPanel, all.data() + start,
-                    sorted.count(e), parts + start * kWide, kWide);
+    hidden.multiply(kernels, weights.down[e], first, (columns + kPanel - 1) / kPanel, all.data() + start, sorted.count(e),
+                    parts + start * kWide, kWide);
   }
   for (int64_t row = 0; row < rows; ++row) {
     float sum[kWide] = {};
@@ -208,22 +227,31 @@ Forms inputs_of(const Experts& weights) {
   return forms;
 }
 
-// The experts of rows whose activations are there already.
+// The experts of rows whose activations are there already. For tiles they are copied, so that those of an expert are
+// neighbours.
 void mix(const Kernels& kernels, const Activations& x, int64_t rows, const Picks& picks, const Experts& weights,
          const float* residual, float* out, int threads) {
-  const Sorted sorted(picks, rows, weights.count);
-  const int64_t assigned = rows * picks.choices;
+  const Forms inputs = inputs_of(weights);
   Forms forms;
   for (int64_t e = 0; e < weights.count; ++e) forms.add(weights.down[e]);
-  const Activations hidden(assigned, weights.down[0].columns(), forms);
+  const Sorted sorted(picks, rows, weights.count, kernels.tiles && (inputs.bf16 || forms.bf16) ? kTile : 1);
+  const std::vector<int32_t> all = numbers(sorted.total);
+  const Activations gathered(kernels, kernels.tiles ? sorted.total : 0, weights.down[0].rows(), inputs);
+  parallel((gathered.rows() + kTile - 1) / kTile, threads, [&](int64_t tile) {
+    for (int64_t at = tile * kTile; at < std::min(gathered.rows(), (tile + 1) * kTile); ++at) {
+      const int32_t row = sorted.rows[static_cast<size_t>(at)];
+      if (row >= 0) gathered.copy_row(x, row, at);
+    }
+  });
+  const Activations hidden(kernels, sorted.total, weights.down[0].columns(), forms);
   const int64_t blocks = hidden.blocks();
   const int64_t items = static_cast<int64_t>(sorted.used.size()) * blocks;
   parallel(items, threads, [&](int64_t number) {
     const int64_t item = in_turn(number, items, threads);
     const int64_t e = sorted.used[static_cast<size_t>(item / blocks)];
-    hidden_block(kernels, weights.gate[e], weights.up[e], x, sorted, e, item % blocks, hidden);
+    hidden_block(kernels, weights.gate[e], weights.up[e], kernels.tiles ? gathered : x, kernels.tiles ? all : sorted.rows,
+                 sorted, e, item % blocks, hidden);
   });
-  const std::vector<int32_t> all = numbers(assigned);
   const int64_t strips = (weights.down[0].rows() + kWide - 1) / kWide;
   parallel(strips, threads, [&](int64_t number) {
     const int64_t strip = in_turn(number, strips, threads);
@@ -252,7 +280,7 @@ void choose(const Kernels& kernels, const float* logits, int64_t count, int64_t 
 void experts(const Kernels& kernels, const Input& input, const Picks& picks, const Experts& weights,
              const float* residual, float* out, int threads) {
   if (input.rows == 0) return;
-  const Activations activations(input.rows, input.columns, inputs_of(weights));
+  const Activations activations(kernels, input.rows, input.columns, inputs_of(weights));
   each_row(kernels, input, threads, [&](int64_t row, const float* x) { activations.fill_row(kernels, x, row); });
   mix(kernels, activations, input.rows, picks, weights, residual, out, threads);
 }
@@ -260,7 +288,7 @@ void experts(const Kernels& kernels, const Input& input, const Picks& picks, con
 void mixture(const Kernels& kernels, const Input& input, const Routing& routing, const Experts& weights,
              const float* residual, float* out, int threads) {
   if (input.rows == 0) return;
-  const Activations activations(input.rows, input.columns, inputs_of(weights));
+  const Activations activations(kernels, input.rows, input.columns, inputs_of(weights));
   each_row(kernels, input, threads, [&](int64_t row, const float* x) {
     float* logits = routing.logits + row * weights.count;
     kernels.rows.scores(x, routing.router, weights.count, input.columns, logits);

@@ -6,6 +6,10 @@
 #include <immintrin.h>
 #endif
 
+#ifdef MIXTRAL_AMX
+#include "tiles.h"
+#endif
+
 namespace mixtral::MIXTRAL_LEVEL {
 namespace {
 
@@ -83,7 +87,22 @@ int64_t fp32(int64_t rounds) {
   });
 }
 
-#if defined(MIXTRAL_X86) && MIXTRAL_LANES == 16
+#ifdef MIXTRAL_AMX
+
+// Six sums in tiles, which do not depend on each other, and the two tiles that are multiplied; `each` is columns of a row.
+#define PRODUCTS(add, each)                                                                        \
+  begin_tiles();                                                                                   \
+  zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();                                  \
+  zero_tile<4>(), zero_tile<5>(), zero_tile<6>(), zero_tile<7>();                                  \
+  for (int64_t round = 0; round < rounds; ++round) {                                               \
+    add<0, 6, 7>(), add<1, 6, 7>(), add<2, 6, 7>(), add<3, 6, 7>(), add<4, 6, 7>(), add<5, 6, 7>(); \
+  }                                                                                                \
+  end_tiles();                                                                                     \
+  return rounds * 6 * kTileRows * kTileRows * each * 2
+
+int64_t int8(int64_t rounds) { PRODUCTS(add_product_unsigned, 64); }
+
+#elif defined(MIXTRAL_X86) && MIXTRAL_LANES == 16
 
 int64_t int8(int64_t rounds) {
   __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(-2);
@@ -133,7 +152,11 @@ int64_t int8(int64_t rounds) {
 
 #endif
 
-#ifdef __AVX512BF16__
+#ifdef MIXTRAL_AMX
+
+int64_t bf16(int64_t rounds) { PRODUCTS(add_product_pairs, 32); }
+
+#elif defined(__AVX512BF16__)
 
 int64_t bf16(int64_t rounds) {
   __m512i a = _mm512_set1_epi16(0x3F80), b = _mm512_setzero_si512();  // 1 and 0: the sums stay finite

@@ -134,10 +134,10 @@ Matrix plain(Random& random, Float kind, int64_t rows, int64_t columns) {
   return made;
 }
 
-Matrix packed(Random& random, Kind kind, int64_t rows, int64_t columns) {
-  Panels panels{kind, rows, columns, 32, nullptr};
+Matrix packed(Random& random, Kind kind, int64_t rows, int64_t columns, int64_t group = 32) {
+  Panels panels{kind, rows, columns, group, nullptr};
   Matrix made{Bytes(static_cast<size_t>(panels.count() * panels.panel_bytes())), {}};
-  Bytes codes(static_cast<size_t>(rows * columns)), zeros(static_cast<size_t>(rows * columns / 32));
+  Bytes codes(static_cast<size_t>(rows * columns)), zeros(static_cast<size_t>(rows * columns / group));
   std::vector<uint16_t> scales(zeros.size());
   for (uint8_t& code : codes) code = static_cast<uint8_t>(random() % (kind == Kind::g4 ? 16 : 256));
   for (uint8_t& zero : zeros) zero = static_cast<uint8_t>(random() % 16);
@@ -171,13 +171,14 @@ void compare(const char* name, const Call& call) {
 }
 
 void compare_projections(const Kernels& kernels) {
-  constexpr int64_t kRows = 37, kColumns = 320;
+  constexpr int64_t kRows = 37, kColumns = 384;
   Random random(1);
   std::vector<Matrix> made;
   made.push_back(plain(random, Float::bf16, 70, kColumns));
   made.push_back(packed(random, Kind::g8, 130, kColumns));
   made.push_back(plain(random, Float::f32, 9, kColumns));
   made.push_back(packed(random, Kind::g4, 33, kColumns));
+  made.push_back(packed(random, Kind::g8, 70, kColumns, 128));  // wide enough for tiles
   std::vector<const Weights*> matrices;
   int64_t width = 0;
   for (const Matrix& matrix : made) matrices.push_back(&matrix.weights), width += matrix.weights.rows();

@@ -15,6 +15,9 @@ from mixtral.config import MixtralConfig
 from mixtral.model.mixtral import Linear
 from mixtral.model.moe import Experts
 from mixtral.ops.native import kernel_levels, module
+from mixtral.quant.encode import encode_rows
+from mixtral.quant.packed import Blocks
+from mixtral.quant.panels import to_panels
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 COUNTS = [*range(1, 10), 15, 16, 17, 31, 33, 64, 129, 500]
@@ -39,6 +42,11 @@ def project(x: Tensor, matrices: list[Any], width: int, level: str = "", threads
     return out
 
 
+def of_the_same_order(kind: str, level: str) -> str:
+    """A level whose bits another one has: tiles sum bfloat16 in an order of their own."""
+    return level if (kind, level) == ("bf16", "amx") else "baseline"
+
+
 @pytest.mark.parametrize("level", kernel_levels())
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -61,8 +69,8 @@ def test_a_row_depends_on_nothing_but_itself(shape: tuple[int, int], kind: str) 
     """The same bits alone and among others, on every instruction set and number of threads."""
     view, _, _ = matrix(kind, *shape)
     x = random((129, shape[1]), seed=2)
-    expected = project(x, [view], shape[0], kernel_levels()[-1])
     for level in kernel_levels():
+        expected = project(x, [view], shape[0], of_the_same_order(kind, level))
         assert torch.equal(project(x, [view], shape[0], level, threads=3), expected), level
         for start, stop in ((0, 1), (5, 8), (17, 32), (64, 129)):
             assert torch.equal(project(x[start:stop], [view], shape[0], level, threads=1), expected[start:stop])
@@ -85,9 +93,33 @@ def test_side_by_side_with_norm_and_residual(kind: str, level: str) -> None:
     )
 
 
+def sum_of_sixteen(x: np.ndarray[Any, Any], w: np.ndarray[Any, Any]) -> np.float32:
+    sums = np.zeros(16, np.float32)
+    for start in range(0, len(x), 32):
+        for odd in (1, 0):
+            sums += x[start + odd : start + 32 : 2] * w[start + odd : start + 32 : 2]
+    while len(sums) > 1:
+        sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+    return np.float32(sums[0])
+
+
+def sum_in_tiles(x: np.ndarray[Any, Any], w: np.ndarray[Any, Any]) -> np.float32:
+    total = np.float32(0)
+    for start in range(0, len(x), 32):
+        even, odd = np.float32(0), np.float32(0)
+        for k in range(start, start + 32, 2):
+            even += x[k] * w[k]  # exact: of bfloat16
+            odd += x[k + 1] * w[k + 1]
+        total += even + odd
+    return np.float32(total)
+
+
 @pytest.mark.parametrize("level", kernel_levels())
 def test_bfloat16_as_it_is_defined(level: str) -> None:
-    """Against a model of the sums, number by number: 16 partial ones, the odd column of a pair first, then a tree."""
+    """Against a model of the sums, number by number.
+
+    16 partial ones, the odd column of a pair first, then a tree; in tiles the even and the odd columns of 32 apart.
+    """
     view, weights, _ = matrix("bf16", 3, 70)
     x = random((2, 70), seed=8)
     inputs = np.zeros((2, 96), np.float32)
@@ -97,13 +129,7 @@ def test_bfloat16_as_it_is_defined(level: str) -> None:
     expected = np.zeros((2, 3), np.float32)
     for i in range(2):
         for n in range(3):
-            sums = np.zeros(16, np.float32)
-            for start in range(0, 96, 32):
-                for odd in (1, 0):
-                    sums += inputs[i, start + odd : start + 32 : 2] * wide[n, start + odd : start + 32 : 2]
-            while len(sums) > 1:
-                sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
-            expected[i, n] = sums[0]
+            expected[i, n] = (sum_in_tiles if level == "amx" else sum_of_sixteen)(inputs[i], wide[n])
     assert np.array_equal(project(x, [view], 3, level).numpy(), expected)
 
 
@@ -184,8 +210,38 @@ def test_mixture(kind: str, level: str) -> None:
         alone, only = layer.run(x[t : t + 1].clone(), level, threads=1)
         assert torch.equal(alone[0], found[t])
         assert all(torch.equal(a[0], b[t]) for a, b in zip(only, route, strict=True))
-    if level != kernel_levels()[-1]:
-        assert torch.equal(layer.run(x)[0], found)
+    assert torch.equal(layer.run(x, of_the_same_order(kind, level))[0], found)
+
+
+@pytest.mark.parametrize("level", kernel_levels())
+def test_experts_of_several_formats(level: str) -> None:
+    """Quantised and plain matrices side by side: close to float64, and a token alone has the same bits."""
+    weights = [[random((256, 256), 3 * part + e) / 16 for e in range(3)] for part in range(3)]
+    blocks = [[Blocks("Q6_K", encode_rows(weight, "Q6_K")) for weight in part] for part in weights]
+    plain = [[(part + e) % 2 == 0 for e in range(3)] for part in range(3)]
+    kept = [[weight.bfloat16().view(torch.uint8).reshape(-1).numpy() for weight in part] for part in weights]
+    panels = [[to_panels(block) for block in part] for part in blocks]
+    views = [
+        [module().DenseMatrix(0, 256, 256, kept[p][e]) if plain[p][e] else panels[p][e].matrix for e in range(3)]  # type: ignore[union-attr]
+        for p in range(3)
+    ]
+    exact = [
+        [weights[p][e].bfloat16().double() if plain[p][e] else blocks[p][e].decode(torch.float64) for e in range(3)]
+        for p in range(3)
+    ]
+    x, picks = random((70, 256), 20), torch.tensor([[0, 1], [2, 0], [1, 2], [0, 2], [2, 1]] * 14)
+    shares, together = torch.rand((70, 2), generator=torch.Generator().manual_seed(1)), module().ExpertSet(*views)
+    out, alone = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    module().experts(x.numpy(), picks.numpy(), shares.numpy(), together, out.numpy(), 2, level)
+    for t in range(70):
+        row = slice(t, t + 1)
+        module().experts(
+            x[row].numpy(), picks[row].numpy(), shares[row].numpy(), together, alone[row].numpy(), 1, level
+        )
+    assert torch.equal(alone, out)
+    gate_up = torch.stack([torch.cat(pair) for pair in zip(exact[0], exact[1], strict=True)])
+    expected = ops.reference.experts(x.double(), picks, shares, gate_up, torch.stack(exact[2]))
+    assert ((out - expected).norm() / expected.norm()).item() < 0.03
 
 
 def test_ties_go_to_the_lower_expert() -> None:

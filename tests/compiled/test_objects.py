@@ -23,9 +23,14 @@ KERNELS = {
     "avx2": AVX2,
     "avx512vnni": (*AVX2, *AVX512, "-mavx512vnni"),
     "avx512bf16": (*AVX2, *AVX512, "-mavx512vnni", "-mavx512bf16", "-DMIXTRAL_BF16"),
+    "amx": (*AVX2, *AVX512, "-mavx512vnni", "-mavx512bf16", "-DMIXTRAL_BF16", "-DMIXTRAL_AMX"),
 }
 ENCODERS = {"baseline": (), "avx2": ("-mavx2",), "avx512": AVX512}
-LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16")
+LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
+SOURCES = [
+    (name, level) for level in KERNELS if level != "amx" for name in ("gemm", "rows", "attention", "dense", "peaks")
+]
+SOURCES += [(name, "amx") for name in ("amx", "amx_dense", "peaks")]
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86-64 processor")
 
@@ -35,6 +40,7 @@ FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
 VEX = re.compile(r"\t(?:\{\w+\} )?v")
 EVEX = re.compile(r"%zmm|%k[0-7]|%[xy]mm(?:1[6-9]|2\d|3[01])")
 VNNI, BF16 = re.compile(r"\tvpdp[bw]"), re.compile(r"\tv(?:dpbf16|cvtne)")
+AMX = re.compile(r"%tmm|\t(?:ld|st)tilecfg|\ttilerelease")
 AFTER_SSE2 = re.compile(
     r"\t(?:popcnt|lzcnt|crc32|movbe|pshufb|palignr|ptest|p?blend|round[sp][sd]|pmov[sz]x|pinsr[bdq]|pextr[bdq]|pmulld"
     r"|pmulhrsw|pmaddubsw|pabs|psign|ph(?:add|sub)|h(?:add|sub)p|addsubp|lddqu|movddup|movs[hl]dup|pmin(?:u[wd]|s[bd])"
@@ -42,12 +48,13 @@ AFTER_SSE2 = re.compile(
     r"|pext\b|rorx|sarx|shlx|shrx|adcx|adox)"
 )
 FORBIDDEN = {
-    "": (VEX, EVEX, AFTER_SSE2),
-    "baseline": (VEX, EVEX, AFTER_SSE2),
-    "avx2": (EVEX, VNNI, BF16),
-    "avx512": (VNNI, BF16),
-    "avx512vnni": (BF16,),
-    "avx512bf16": (),
+    "": (VEX, EVEX, AFTER_SSE2, AMX),
+    "baseline": (VEX, EVEX, AFTER_SSE2, AMX),
+    "avx2": (EVEX, VNNI, BF16, AMX),
+    "avx512": (VNNI, BF16, AMX),
+    "avx512vnni": (BF16, AMX),
+    "avx512bf16": (AMX,),
+    "amx": (),
 }
 
 
@@ -117,6 +124,11 @@ def test_every_function_keeps_to_its_level() -> None:
         ("_ZN7mixtral10avx512vnni12_GLOBAL__N_13dotE", "vpdpbusd %zmm0,%zmm1,%zmm2", True),
         ("_ZN7mixtral10avx512vnni12_GLOBAL__N_13dotE", "vdpbf16ps %zmm0,%zmm1,%zmm2", False),
         ("_ZN7mixtral10avx512bf1612_GLOBAL__N_13dotE", "vdpbf16ps %zmm0,%zmm1,%zmm2", True),
+        ("_ZN7mixtral10avx512bf1612_GLOBAL__N_13dotE", "tdpbssd %tmm2,%tmm1,%tmm0", False),
+        ("_ZN7mixtral7projectE", "ldtilecfg 0x10(%rip)", False),
+        ("_ZN7mixtral3amx12_GLOBAL__N_13dotE", "tdpbssd %tmm2,%tmm1,%tmm0", True),
+        ("_ZN7mixtral3amx12_GLOBAL__N_13dotE", "tilerelease", True),
+        ("_ZN7mixtral10avx512vnni12_GLOBAL__N_13dotE", "tilerelease", False),
         ("main", "call 10 <vaddps %zmm0>", True),
     ],
 )
@@ -145,8 +157,7 @@ def compiled(source: Path, folder: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", KERNELS)
-@pytest.mark.parametrize("name", ["gemm", "rows", "attention", "dense", "peaks"])
+@pytest.mark.parametrize(("name", "level"), SOURCES)
 def test_kernels_share_no_function_with_other_levels(name: str, level: str, tmp_path: Path) -> None:
     """The linker keeps one copy of an inline function: it must not be one with the widest registers."""
     lanes = {"baseline": 4, "avx2": 8}.get(level, 16)

@@ -188,7 +188,9 @@ def test_bad_arguments_are_refused() -> None:
         native.encode(values, "Q4_K", threads=1, importance=np.where(np.arange(256) == 3, -1, 1).astype(np.float32))
 
 
-@pytest.mark.parametrize(("forced", "used"), [(None, ""), ("avx2", "avx2"), ("avx512bf16", "avx512")])
+@pytest.mark.parametrize(
+    ("forced", "used"), [(None, ""), ("avx2", "avx2"), ("avx512bf16", "avx512"), ("amx", "avx512")]
+)
 def test_encoders_obey_the_variable(monkeypatch: pytest.MonkeyPatch, forced: str | None, used: str) -> None:
     monkeypatch.setattr(native, "forced_level", lambda: forced)
     seen: list[str] = []

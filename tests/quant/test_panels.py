@@ -122,6 +122,20 @@ def test_a_row_depends_on_nothing_but_itself(name: str) -> None:
         assert torch.equal(multiply(matrix, x[start:stop], "", threads=1), alone[start:stop])
 
 
+@pytest.mark.parametrize("name", ["INT4_G128_ZEROS", "INT8_G128", "INT4_G32"])
+@pytest.mark.parametrize("columns", [128, 384, 640])
+def test_a_short_last_block(name: str, columns: int) -> None:
+    """Where the last block of a row has 128 columns: close to the exact product, and the same bits everywhere."""
+    source = packed(name, 50, columns)
+    matrix, x = panels(source), values(150, columns, seed=6, scale=1.0)
+    expected = multiply(matrix, x, "baseline")
+    exact, weights = rounded(x), source.decode(torch.float64).numpy()
+    assert (np.abs(expected.numpy() - exact @ weights.T) / (np.abs(exact) @ np.abs(weights).T)).max() < 1e-6
+    for level in kernel_levels():
+        for count in (1, 12, 40, 150):
+            assert torch.equal(multiply(matrix, x[:count], level), expected[:count]), (level, count)
+
+
 def integer_weights(name: str, part: str, rng: np.random.Generator) -> Packed:
     """Rows whose values are integers: the first all of the largest bits, the second of the smallest, others at random.
 

@@ -23,6 +23,7 @@ struct alignas(64) RoundedBlock {
 };
 
 // Rounded activations, [blocks, rows]: the rows that a kernel works on at a time are neighbours in memory, in each block.
+// Tiles (Kernels::tiles) read up to 15 blocks behind the last one, and use nothing of them.
 struct Rounded {
   int64_t rows, columns;
   RoundedBlock* data;
@@ -35,10 +36,10 @@ struct Rounded {
 struct GemmTable {
   // Rounds `count` values (at most 256).
   void (*round)(const float* values, int count, RoundedBlock& to);
-  // out[i * stride + n] for the 16 `number` rows n of neighbouring panels, from `first` on, and the activation rows[i],
-  // i < count. Writes 16 for each panel.
-  void (*panels)(const Panels& weights, int64_t first, int64_t number, const Rounded& a, const int32_t* rows,
-                 int64_t count, float* out, int64_t stride);
+  // out[i * stride + n] for the rows n < 16 * panels of the panels [first, first + panels) and the activation rows[i],
+  // i < count. Writes all of them.
+  void (*multiply)(const Panels& weights, int64_t first, int64_t panels, const Rounded& a, const int32_t* rows,
+                   int64_t count, float* out, int64_t stride);
   // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]; count is a multiple of 16.
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t count);
 };

@@ -18,6 +18,9 @@ namespace mixtral {
 
 struct Kernels {
   const char* level;
+  // Whether products are made in tiles of 16 rows: then rows that are multiplied together must be neighbours, those of
+  // bfloat16 from a multiple of 16 on.
+  bool tiles;
   const GemmTable& gemm;
   const DenseTable& dense;
   const RowTable& rows;
@@ -26,7 +29,7 @@ struct Kernels {
 };
 
 // Those of an instruction set (kLevels; empty: the fastest one); null if it is unknown or cannot run here.
-constexpr const char* kLevels[] = {"baseline", "avx2", "avx512vnni", "avx512bf16"};
+constexpr const char* kLevels[] = {"baseline", "avx2", "avx512vnni", "avx512bf16", "amx"};
 const Kernels* find_kernels(std::string_view level);
 
 // A matrix [rows, columns], in panels or as it is in a file.

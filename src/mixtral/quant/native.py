@@ -118,9 +118,9 @@ def encode_groups(
 
 
 def _level() -> str:
-    """The level of MIXTRAL_ISA, which names those of the kernels: of AVX-512 the encoders have one only."""
+    """The level of MIXTRAL_ISA, which names those of the kernels: from AVX-512 on the encoders have one only."""
     forced = forced_level() or ""
-    return "avx512" if forced.startswith("avx512") else forced
+    return "avx512" if forced.startswith("avx512") or forced == "amx" else forced
 
 
 def _check(
