@@ -19,7 +19,11 @@ from mixtral.quant.bits import pack_bits
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.packed import Blocks, Groups, Packed
 
-__all__ = ["ROWS", "Panels", "expert_set", "run_experts", "to_panels"]
+__all__ = ["PANEL_VERSION", "ROWS", "Panels", "expert_set", "run_experts", "to_panels"]
+
+PANEL_VERSION = 1
+"""Of the bytes of panels. Whatever changes them, here or in ``native/``, adds one: files of packed weights are then
+made anew."""
 
 ROWS = 16
 _G4, _G8 = 5, 6
