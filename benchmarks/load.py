@@ -1,6 +1,7 @@
 """Loading time and peak memory of a random model, beside safetensors reading the same bytes.
 
 Run: python benchmarks/load.py [--gigabytes 1.0] [--layout per-expert|fused] [--rounds 5] [--folder DIR]
+     python benchmarks/load.py --quantised FILE.gguf [--rounds 5] [--untouched]
 
 Every measurement is a child process of its own: seconds from the folder to parameters in memory (imports excluded), and
 the highest resident memory of the process (imports included). The rows are measured in turn; the table shows medians.
@@ -11,11 +12,23 @@ the highest resident memory of the process (imports included). The rows are meas
     safetensors, mapped    load_file, then one pass over all values; nothing is copied, the file stays mapped
 
 The files are in the page cache (they were just written), so this is the cost of copying, not of a disk.
+
+With ``--quantised FILE.gguf`` instead (as ``mixtral init FILE.gguf --preset 8x7b --layers 4 --format q4_k_m`` makes one):
+
+    read only              the file into one buffer of 8 MB
+    read into memory       the file into new memory in large pages, on one thread
+    mixtral                load_model: packed into panels
+    mixtral, packed cache  load_model: panels mapped from a cache file, which is written before, unmeasured
+
+each from the page cache and, where ``/proc/sys/vm/drop_caches`` may be written to, from the disk. On a virtual machine
+memory that nobody uses may belong to the host; to get it back takes longer than anything here. So as much memory as a
+load needs is used and given back shortly before each measurement, unless ``--untouched``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
@@ -29,11 +42,15 @@ from safetensors.torch import load_file
 
 from mixtral.config import MixtralConfig
 from mixtral.model.mixtral import Mixtral
+from mixtral.ops.memory import empty
+from mixtral.ops.native import module
 from mixtral.weights import load_model, save_model
 
 __all__ = ["main"]
 
 READERS = ("mixtral", "safetensors, copied", "safetensors, pread", "safetensors, mapped")
+QUANTISED = ("read only", "read into memory", "mixtral", "mixtral, packed cache")
+CACHES = Path("/proc/sys/vm/drop_caches")
 ALLOWED_TIME = 1.3
 ALLOWED_MEMORY = 1.1
 ALLOWED_EXTRA_BYTES = 300e6
@@ -78,11 +95,77 @@ def measure(reader: str, folder: Path) -> tuple[float, int]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def in_child(reader: str, folder: Path) -> tuple[float, int]:
-    """The same, in a child process."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--child", reader]
+def measure_quantised(reader: str, path: Path, cache: Path | None) -> tuple[float, int]:
+    """The same, of one GGUF file; ``cache`` is the folder of packed weights, for the last of the readers."""
+    module()  # what is measured is not the import
+    start = time.monotonic()
+    if reader.startswith("mixtral"):
+        kept: object = load_model(path, device="cpu", packed_cache=cache)
+    else:
+        memory = empty((path.stat().st_size if reader == "read into memory" else 8 << 20,), torch.uint8)
+        view, done = memory.numpy().data, 0
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(view[done:]):
+                done += count if reader == "read into memory" else 0
+        kept = memory
+    seconds = time.monotonic() - start
+    del kept
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_child(reader: str, path: Path, *more: str) -> tuple[float, int]:
+    """One measurement in a child process."""
+    option = "--folder" if path.is_dir() else "--quantised"
+    command = [sys.executable, __file__, option, str(path), "--child", reader, *more]
     seconds, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return float(seconds), int(peak)
+
+
+def report_quantised(path: Path, rounds: int, *, untouched: bool) -> None:
+    """Measure every reader in turn, cold and warm, and print medians and the budgets."""
+    size = path.stat().st_size
+    results: dict[tuple[str, bool], list[tuple[float, int]]] = {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        first, _ = in_child("mixtral, packed cache", path, "--cache", name)
+        print(f"{size / 1e9:.3f} GB, median (lowest to highest) of {rounds}, {torch.get_num_threads()} threads")
+        print(f"writing the packed cache, load included: {first:.1f} s")
+        for _ in range(rounds):
+            for cold in (True, False):
+                for reader in QUANTISED:
+                    if cold and not dropped():
+                        continue
+                    if not untouched:
+                        touch(3 * size)
+                    more = ("--cache", name) if reader == QUANTISED[-1] else ()
+                    results.setdefault((reader, cold), []).append(in_child(reader, path, *more))
+    print(f"{'':24}{'from':8}{'seconds':>24}{'of reading':>12}{'peak MB':>9}")
+    for (reader, cold), rows in results.items():
+        times = [seconds for seconds, _ in rows]
+        baseline = results["read only" if cold else "read into memory", cold]
+        median, ratio = statistics.median(times), statistics.median(times) / statistics.median(s for s, _ in baseline)
+        told = f"{median:.2f} ({min(times):.2f} to {max(times):.2f})"
+        peak = statistics.median(peak for _, peak in rows)
+        print(f"{reader:24}{'disk' if cold else 'memory':8}{told:>24}{ratio:12.2f}{peak / 1e6:9.0f}")
+    print(
+        f"budgets: 1.5 x reading (from the disk: only; from memory: into memory), {(1.05 * size + 500e6) / 1e6:.0f} MB"
+    )
+
+
+def dropped() -> bool:
+    """Whether the system could be told to forget what files hold."""
+    os.sync()
+    try:
+        CACHES.write_text("3")
+    except OSError:
+        return False
+    return True
+
+
+def touch(size: int) -> None:
+    """Use so much memory for a moment, or half of what is free."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    code = f"import torch\nfrom mixtral.ops.memory import empty\nempty(({min(size, free // 2)},), torch.uint8).fill_(1)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def report(folder: Path, rounds: int) -> None:
@@ -112,9 +195,16 @@ def main() -> None:
     parser.add_argument("--layout", choices=("per-expert", "fused"), default="per-expert")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="measure this checkpoint instead of a random one")
-    parser.add_argument("--child", choices=READERS, help=argparse.SUPPRESS)
+    parser.add_argument("--quantised", type=Path, help="measure this GGUF file instead")
+    parser.add_argument("--untouched", action="store_true", help="do not use memory before a measurement")
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices={*READERS, *QUANTISED}, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
+    if options.child and options.quantised:
+        print(*measure_quantised(options.child, options.quantised, options.cache))
+    elif options.quantised:
+        report_quantised(options.quantised, options.rounds, untouched=options.untouched)
+    elif options.child:
         print(*measure(options.child, options.folder))
     elif options.folder:
         report(options.folder, options.rounds)

@@ -1,6 +1,7 @@
 // Python's view of weights: checks their shape, packs and unpacks them.
 #include "bind_weights.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -31,22 +32,31 @@ class PackedMatrix : public Matrix {
     }
     return {static_cast<mixtral::Kind>(kind), rows, columns, group, nullptr};
   }
-  void pack_blocks(ByteRows blocks, int threads) {
+  bool pack_blocks(ByteRows blocks, int threads) {
+    require(panels_.kind < mixtral::Kind::g4 || panels_.group == mixtral::kGroup, "blocks are made into groups of 32");
     check_blocks(blocks);
     nb::gil_scoped_release release;
-    mixtral::pack_blocks(panels_, blocks.data(), data_.data(), threads);
+    return mixtral::pack_blocks(panels_, blocks.data(), data_.data(), threads);
   }
 
   void unpack_blocks(ByteRows blocks, int threads) const {
+    require(panels_.kind < mixtral::Kind::g4, "these weights are groups, not blocks");
     check_blocks(blocks);
     nb::gil_scoped_release release;
     mixtral::unpack_blocks(panels_, blocks.data(), threads);
   }
 
-  void pack_groups(ByteRows codes, HalfRows scales, ByteRows zeros, int threads) {
-    check_groups(codes, scales, zeros);
+  void pack_groups(ByteRows codes, int bits, HalfRows scales, std::optional<ByteRows> zeros, int threads) {
+    require(panels_.kind >= mixtral::Kind::g4, "these weights are blocks, not groups");
+    require(bits >= 1 && bits <= (panels_.kind == mixtral::Kind::g4 ? 4 : 8), "bits must be 1 to 8, in g4 1 to 4");
+    require_shape(codes, "codes", panels_.rows, panels_.columns / 8 * bits);
+    const int64_t groups = static_cast<int64_t>(scales.shape(1));
+    require(groups > 0 && panels_.columns / panels_.group % groups == 0, "scales must be for whole groups of the panels");
+    require_shape(scales, "scales", panels_.rows, groups);
+    if (zeros) require_shape(*zeros, "zeros", panels_.rows, groups);
+    const mixtral::Coded coded{codes.data(), scales.data(), zeros ? zeros->data() : nullptr, bits, panels_.columns / groups};
     nb::gil_scoped_release release;
-    mixtral::pack_groups(panels_, codes.data(), scales.data(), zeros.data(), data_.data(), threads);
+    mixtral::pack_groups(panels_, coded, data_.data(), threads);
   }
 
   void unpack_groups(ByteRows codes, HalfRows scales, ByteRows zeros, int threads) const {
@@ -57,8 +67,8 @@ class PackedMatrix : public Matrix {
 
  private:
   void check_blocks(const ByteRows& blocks) const {
-    require(panels_.kind < mixtral::Kind::g4, "these weights are groups, not blocks");
-    require_shape(blocks, "blocks", panels_.rows, panels_.columns / mixtral::kBlock * mixtral::block_bytes_of(panels_.kind));
+    const int64_t per_row = panels_.columns / mixtral::block_values_of(panels_.kind);
+    require_shape(blocks, "blocks", panels_.rows, per_row * mixtral::block_bytes_of(panels_.kind));
   }
 
   void check_groups(const ByteRows& codes, const HalfRows& scales, const ByteRows& zeros) const {
@@ -122,8 +132,8 @@ void bind_weights(nb::module_& module) {
            nb::arg("group"), nb::arg("data").noconvert())
       .def("pack_blocks", &PackedMatrix::pack_blocks, nb::arg("blocks").noconvert(), nb::arg("threads"))
       .def("unpack_blocks", &PackedMatrix::unpack_blocks, nb::arg("blocks").noconvert(), nb::arg("threads"))
-      .def("pack_groups", &PackedMatrix::pack_groups, nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
-           nb::arg("zeros").noconvert(), nb::arg("threads"))
+      .def("pack_groups", &PackedMatrix::pack_groups, nb::arg("codes").noconvert(), nb::arg("bits"),
+           nb::arg("scales").noconvert(), nb::arg("zeros").noconvert().none(), nb::arg("threads"))
       .def("unpack_groups", &PackedMatrix::unpack_groups, nb::arg("codes").noconvert(), nb::arg("scales").noconvert(),
            nb::arg("zeros").noconvert(), nb::arg("threads"));
   nb::class_<ExpertSet>(module, "ExpertSet", "The experts of a layer.")

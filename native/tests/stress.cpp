@@ -137,12 +137,13 @@ Matrix plain(Random& random, Float kind, int64_t rows, int64_t columns) {
 Matrix packed(Random& random, Kind kind, int64_t rows, int64_t columns, int64_t group = 32) {
   Panels panels{kind, rows, columns, group, nullptr};
   Matrix made{Bytes(static_cast<size_t>(panels.count() * panels.panel_bytes())), {}};
-  Bytes codes(static_cast<size_t>(rows * columns)), zeros(static_cast<size_t>(rows * columns / group));
+  const int bits = kind == Kind::g4 ? 4 : 8;
+  Bytes packed_bits(static_cast<size_t>(rows * columns / 8 * bits)), zeros(static_cast<size_t>(rows * columns / group));
   std::vector<uint16_t> scales(zeros.size());
-  for (uint8_t& code : codes) code = static_cast<uint8_t>(random() % (kind == Kind::g4 ? 16 : 256));
+  for (uint8_t& byte : packed_bits) byte = static_cast<uint8_t>(random() % 256);
   for (uint8_t& zero : zeros) zero = static_cast<uint8_t>(random() % 16);
   for (uint16_t& scale : scales) scale = static_cast<uint16_t>(0x2000 + random() % 1024);
-  pack_groups(panels, codes.data(), scales.data(), zeros.data(), made.data.data(), kMostThreads);
+  pack_groups(panels, {packed_bits.data(), scales.data(), zeros.data(), bits, group}, made.data.data(), kMostThreads);
   panels.data = made.data.data();
   made.weights = {true, panels, {}};
   return made;

@@ -35,13 +35,14 @@ class DenseMatrix(Matrix):
 
 class PackedMatrix(Matrix):
     def __init__(self, kind: int, rows: int, columns: int, group: int, data: npt.NDArray[np.uint8]) -> None: ...
-    def pack_blocks(self, blocks: npt.NDArray[np.uint8], threads: int) -> None: ...
+    def pack_blocks(self, blocks: npt.NDArray[np.uint8], threads: int) -> bool: ...
     def unpack_blocks(self, blocks: npt.NDArray[np.uint8], threads: int) -> None: ...
     def pack_groups(
         self,
         codes: npt.NDArray[np.uint8],
+        bits: int,
         scales: npt.NDArray[np.uint16],
-        zeros: npt.NDArray[np.uint8],
+        zeros: npt.NDArray[np.uint8] | None,
         threads: int,
     ) -> None: ...
     def unpack_groups(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import secrets
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
     "load",
 ]
 
+_log = logging.getLogger("mixtral")
 DEFAULT_MAX_TOKENS = 512
 _FIELDS = frozenset(SamplingParams.__struct_fields__)
 
@@ -299,6 +301,7 @@ def load(
     decode: bool = False,
     reference: bool = False,
     kv_dtype: str | None = None,
+    packed_cache: str | Path | None = None,
 ) -> LLM:
     """Load a model: "embedded" (ships with this package), a folder of Hugging Face's or Mistral's files, or GGUF.
 
@@ -309,7 +312,8 @@ def load(
     "int8"; default: bfloat16 for bfloat16 models, else float32. ``threads`` sets the CPU threads of the whole process;
     default: the physical cores that it may use, by affinity and quota, unless torch was told to use fewer. ``name`` is
     what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which could carry
-    code.
+    code. ``packed_cache`` is a folder for the weights as the kernels read them: the first load writes a file there, as
+    large as the weights, and others map it.
 
     Raises:
         ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
@@ -333,9 +337,13 @@ def load(
         compact = load_compact(folder, device=target, dtype=kind)
         if compiled:
             compile_model(compact.model, kv_dtype=kv_dtype)
+        if packed_cache is not None:
+            _log.info("packed cache: nothing in this model is packed, so none is written")
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
-    found = load_model(folder, device=target, dtype=kind, unpickle=unpickle, decode=decode, reference=reference)
+    cache = None if packed_cache is None else Path(packed_cache)
+    options: dict[str, Any] = {"unpickle": unpickle, "decode": decode, "reference": reference, "packed_cache": cache}
+    found = load_model(folder, device=target, dtype=kind, **options)
     if compiled:
         compile_model(found, kv_dtype=kv_dtype)
     fitting = Tokenizer.version_for(found.config.vocab_size)

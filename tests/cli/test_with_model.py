@@ -14,6 +14,7 @@ import torch
 
 import mixtral
 from mixtral import api
+from mixtral.bench.random_model import create_model
 from mixtral.cli import chat, main, output
 from mixtral.config import MixtralConfig
 from mixtral.errors import CapacityError
@@ -108,6 +109,20 @@ def test_generate_without_tokenizer_shows_ids(tmp_path: Path, capsys: Capture) -
     assert [int(word) for word in first.split()] == [int(line.split()[0]) for line in rest]
     assert main([*command, "--stream"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == first.split()
+
+
+def test_packed_weights_are_kept_and_used(tmp_path: Path, capsys: Capture) -> None:
+    config = CONFIG.replace(vocab_size=96, hidden_size=256, intermediate_size=256, head_dim=128)
+    create_model(config, tmp_path / "x.gguf", form="q4_k_s", name="x", vocabulary=lambda size: {})
+    command = ["generate", "--model", str(tmp_path / "x.gguf"), "--ids", "1", *GREEDY]
+    assert main(command) == 0
+    expected, cache = capsys.readouterr().out, tmp_path / "cache"
+    for _ in range(2):
+        assert main([*command, "--packed-cache", str(cache)]) == 0
+        assert capsys.readouterr().out == expected
+    assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
+    assert main([*command, "--packed-cache", str(cache), "--reference"]) == 2
+    assert "packed_cache is for compiled kernels" in capsys.readouterr().err
 
 
 def test_chat_holds_a_conversation(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,14 +84,14 @@ def packed(guard: Guard, kind: int, rows: int, columns: int, group: int = 0) -> 
         if not np.array_equal(blocks, back):
             raise RuntimeError("packing has lost bits")
         return matrix
-    codes, zeros = guard.bytes(rows, columns), guard.bytes(rows, columns // group)
-    if kind == 5:
-        codes &= 15
+    bits = 4 if kind == 5 else 8
+    codes, zeros = guard.bytes(rows, columns * bits // 8), guard.bytes(rows, columns // group)
     scales = guard.put(guard.rng.standard_normal((rows, columns // group)).astype(np.float16).view(np.uint16))
-    matrix.pack_groups(codes, scales, zeros, 2)
-    back = [guard.empty(*part.shape, dtype=part.dtype.type) for part in (codes, scales, zeros)]
+    matrix.pack_groups(codes, bits, scales, zeros, 2)
+    numbers = codes if bits == 8 else np.stack((codes & 15, codes >> 4), -1).reshape(rows, columns)
+    back = [guard.empty(*part.shape, dtype=part.dtype.type) for part in (numbers, scales, zeros)]
     matrix.unpack_groups(*back, 2)
-    if not all(np.array_equal(a, b) for a, b in zip(back, (codes, scales, zeros), strict=True)):
+    if not all(np.array_equal(a, b) for a, b in zip(back, (numbers, scales, zeros), strict=True)):
         raise RuntimeError("packing has lost bits")
     return matrix
 

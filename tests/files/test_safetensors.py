@@ -265,3 +265,7 @@ def test_written_shard_is_read_by_safetensors(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt", "note": "1"}
     header = read_header(path)
     assert all(entry.start % read.DTYPES[entry.dtype].itemsize == 0 for entry in header.entries.values())
+    for align in (8, 64, 4096):
+        write_shard(path, [record(name, value) for name, value in tensors.items()], {}, align=align)
+        assert min(entry.start for entry in read_header(path).entries.values()) % align == 0
+        assert all(torch.equal(value, tensors[name]) for name, value in load_file(path).items())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from mixtral.ops.memory import LARGE, empty
+from mixtral.ops.memory import LARGE, empty, map_file
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
@@ -19,3 +21,15 @@ def test_empty(size: int, dtype: torch.dtype) -> None:
     assert found.data_ptr() % 64 == 0
     parameter = torch.nn.Parameter(found.float())
     parameter.sum().backward()
+
+
+def test_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"some text")
+    memory = map_file(path)
+    assert memory[:] == b"some text"
+    memory[0] = ord("S")
+    assert path.read_bytes() == b"some text"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="empty"):
+        map_file(path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from mixtral import ops
+from mixtral.errors import CheckpointError
 from mixtral.ops import native
 from mixtral.ops.native import kernel_levels, module
 from mixtral.quant.encode import encode_rows
@@ -19,7 +22,8 @@ from mixtral.quant.formats import FORMATS as FORMATS_OF_FILES
 from mixtral.quant.mixes import MIXES
 from mixtral.quant.modules import PackedExperts, PackedLinear
 from mixtral.quant.packed import Blocks, Groups, Packed
-from mixtral.quant.panels import Panels, to_panels
+from mixtral.quant.panels import PANEL_VERSION, Panels, to_panels
+from mixtral.quant.recode import as_blocks
 from mixtral.quant.rtn import IntForm, encode_groups
 
 K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
@@ -89,6 +93,72 @@ def test_packing_is_a_permutation(name: str, rows: int) -> None:
     assert torch.equal(part, source.decode(torch.float32)[start:])
     some = torch.tensor([rows - 1, 0])
     assert torch.equal(found.pick_rows(some, torch.float32), source.pick_rows(some, torch.float32))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [32, 64, 128, 256, 512, 96])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_integers_of_all_widths(bits: int, group: int, zeros: bool) -> None:
+    """Also with rows that leave a panel, and a block, unfilled."""
+    rng, rows, columns = np.random.default_rng(bits), 37, 2 * group
+    codes = torch.from_numpy(rng.integers(0, 256, (rows, columns * bits // 8), dtype=np.uint8))
+    scales = torch.from_numpy(rng.uniform(0.001, 0.02, (rows, columns // group))).half()
+    some = torch.from_numpy(rng.integers(0, 1 << bits, scales.shape, dtype=np.uint8)) if zeros else None
+    source = Groups(bits, codes, scales, zeros=some)
+    found = panels(source)
+    assert torch.equal(found.decode(torch.float64), source.decode(torch.float64))
+    back = found.unpacked()
+    assert isinstance(back, Groups)
+    assert torch.equal(back.codes, codes)
+
+
+@pytest.mark.parametrize("name", [*K_QUANTS, "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_blocks_of_any_bits(name: str, rows: int) -> None:
+    """Every bit of a block has its place; what is beyond the last row is zero."""
+    kind = FORMATS_OF_FILES[name]
+    data = np.random.default_rng(rows).integers(0, 256, (rows, 512 // kind.values * kind.bytes), dtype=np.uint8)
+    if not name.endswith("K"):
+        data.reshape(rows, -1, kind.bytes)[..., 1] &= 0x7B  # a scale is finite
+    source = Blocks(name, torch.from_numpy(data))
+    found = panels(source)
+    back = found.unpacked()
+    same = back.data if isinstance(back, Blocks) else as_blocks(cast(Groups, back), name)
+    assert torch.equal(same, source.data)
+    whole = np.concatenate([data, np.zeros((16 - rows % 16, data.shape[1]), np.uint8)])
+    padded = panels(Blocks(name, torch.from_numpy(whole))).data
+    if name in ("Q2_K", "Q4_K", "Q5_K", "Q6_K"):  # zeros of the others are numbers that are not zero
+        assert torch.equal(found.data, padded)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
+def test_a_scale_that_is_no_number(name: str, scale: float) -> None:
+    source = cast(Blocks, packed(name))
+    size = FORMATS_OF_FILES[name].bytes
+    source.data[49].view(-1, size)[3, :2] = torch.tensor([scale]).half().view(torch.uint8)
+    with pytest.raises(CheckpointError, match="a scale is not finite; the weights are damaged"):
+        to_panels(source)
+
+
+PANELS_1 = "b1c7bc9411e625ec1b37c3cd94c212ce7c103fd1611a41eee75d8e2e5c214d21"
+
+
+def test_bytes_of_panels_have_a_version() -> None:
+    """Files of packed weights are used by another build only if it makes the same bytes: whoever changes them adds one
+    to ``PANEL_VERSION`` and puts the new digest here."""
+    digest = hashlib.sha256()
+    for name in (*K_QUANTS, "Q4_0", "Q8_0"):
+        kind = FORMATS_OF_FILES[name]
+        size = 512 // kind.values * kind.bytes
+        data = (np.arange(19 * size, dtype=np.uint64) * 2654435761 >> 13).astype(np.uint8) & 0x3B
+        digest.update(panels(Blocks(name, torch.from_numpy(data.reshape(19, size)))).data.numpy())
+    for bits, group in ((3, 32), (4, 64), (6, 128), (8, 256)):
+        codes = (np.arange(19 * 64 * bits, dtype=np.uint64) * 2654435761 >> 13).astype(np.uint8)
+        scales = torch.full((19, 512 // group), 0.25).half()
+        groups = Groups(bits, torch.from_numpy(codes.reshape(19, -1)), scales, zeros=torch.ones_like(scales).byte())
+        digest.update(panels(groups).data.numpy())
+    assert (PANEL_VERSION, digest.hexdigest()) == (1, PANELS_1)
 
 
 @pytest.mark.parametrize("level", kernel_levels())

@@ -40,9 +40,10 @@ MIXTRAL_INLINE constexpr int64_t scale_bytes_of(Kind kind) {
   constexpr int kBytes[] = {320, 288, 320, 320, 288, 48, 48};
   return kBytes[static_cast<int>(kind)];
 }
-// Bytes of a GGML block of 256 values (q2_k to q6_k).
+// Values and bytes of the GGML block that a kind is packed from; of g4 and g8 those of Q4_0 and Q8_0.
+MIXTRAL_INLINE constexpr int64_t block_values_of(Kind kind) { return kind < Kind::g4 ? kBlock : kGroup; }
 MIXTRAL_INLINE constexpr int64_t block_bytes_of(Kind kind) {
-  constexpr int kBytes[] = {84, 110, 144, 176, 210};
+  constexpr int kBytes[] = {84, 110, 144, 176, 210, 18, 34};
   return kBytes[static_cast<int>(kind)];
 }
 
@@ -71,12 +72,23 @@ struct Panels {
   MIXTRAL_INLINE const uint8_t* panel(int64_t number) const { return data + number * panel_bytes(); }
 };
 
-// GGML rows (Q2_K to Q6_K) into panels and back. `blocks` is [rows, bytes of a row].
-void pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int threads);
+// GGML rows into panels: Q2_K to Q6_K, and Q4_0 and Q8_0 as g4 and g8 with groups of 32. `blocks` is [rows, bytes of a
+// row]. False if a scale of Q4_0 or Q8_0 is not finite.
+bool pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int threads);
+// The inverse, for q2_k to q6_k.
 void unpack_blocks(const Panels& panels, uint8_t* blocks, int threads);
-// Integers in groups: codes u8 [rows, columns], scales f16 [rows, columns / group], zeros u8 of the same shape.
-void pack_groups(const Panels& shape, const uint8_t* codes, const uint16_t* scales, const uint8_t* zeros, uint8_t* out,
-                 int threads);
+// Integers of `bits` (1 to 8) in groups of `group` columns, a multiple of the panels' own group: codes [rows, columns *
+// bits / 8], the lowest bit first; scales f16 [rows, columns / group]; zeros u8 of the same shape, or null where all are
+// half of the range.
+struct Coded {
+  const uint8_t* codes;
+  const uint16_t* scales;
+  const uint8_t* zeros;
+  int bits;
+  int64_t group;
+};
+void pack_groups(const Panels& shape, const Coded& from, uint8_t* out, int threads);
+// Into codes of a byte each [rows, columns], and scales and zeros [rows, columns / the panels' group].
 void unpack_groups(const Panels& panels, uint8_t* codes, uint16_t* scales, uint8_t* zeros, int threads);
 
 }  // namespace mixtral

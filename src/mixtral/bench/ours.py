@@ -24,7 +24,7 @@ class Ours:
     experts of each layer a step, or the whole prompt, was sent to (``experts``)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.llm: LLM = load(settings["model"], threads=settings["threads"])
+        self.llm: LLM = load(settings["model"], threads=settings["threads"], packed_cache=settings.get("packed_cache"))
         self._work: dict[str, Any] = {}
         self._deltas: Iterator[Delta] | None = None
         self._row: list[int] = []  # the tokens to be read next

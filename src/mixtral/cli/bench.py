@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixtral.cli import output
+from mixtral.cli.generate import PackedCacheOption
 from mixtral.cli.init import create
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class _Plan:
     timeout_s: float
     json_path: Path | None
     plot: Path | None
+    packed_cache: Path | None
 
 
 def run(
@@ -71,6 +73,7 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Tokens decoded in a turn.")] = 32,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each side, after one that warms up.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: all processors.")] = None,
+    packed_cache: PackedCacheOption = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that one answer of a side may take.")] = 1800.0,
     json_path: Annotated[Path | None, typer.Option("--json", help="File for everything measured, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for a picture: .png, .svg, .pdf; needs matplotlib.")] = None,
@@ -85,12 +88,13 @@ def run(
     wanted = works(work, tokens=tokens or (512, 2048), sequences=sequences or (8, 32), depth=depth, steps=steps)
     _check_targets(json_path, plot)
     threads = threads or threads_of_this_process()
-    plan = _Plan(wanted, _sides(peer, peer_python), turns, threads, timeout, json_path, plot)
+    plan = _Plan(wanted, _sides(peer, peer_python), turns, threads, timeout, json_path, plot, packed_cache)
     made = {"preset": preset, "layers": layers, "format": form}
     chosen = {name: value for name, value in made.items() if value is not None}
     found = _given(model, chosen, keep, peer) if model is not None else _made(chosen, keep, peer)
     with _ending_on_signals(), found as opened:
         options = {"model": model, **opened.made, "peer": peer, "peer-python": peer_python}
+        options["packed-cache"] = None if packed_cache is None else str(packed_cache)
         _measure(plan, opened, _command(plan, options))
 
 
@@ -208,6 +212,7 @@ def _measure(plan: _Plan, model: _Model, command: str) -> None:
     weights, config = model.weights, model.weights.config
     check(config, plan.work, plan.turns)
     settings = settings_of(str(model.path), config, plan.work, threads=plan.threads, turns=plan.turns)
+    settings["packed_cache"] = None if plan.packed_cache is None else str(plan.packed_cache)
     about: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,

@@ -15,6 +15,7 @@ from mixtral.cli.generate import (
     MaxTokensOption,
     MinPOption,
     ModelOption,
+    PackedCacheOption,
     ReferenceOption,
     SeedOption,
     ThreadsOption,
@@ -49,6 +50,7 @@ def run(
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
+    packed_cache: PackedCacheOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
@@ -58,7 +60,14 @@ def run(
     options |= {"seed": seed, "max_tokens": max_tokens}
     check_sampling(options)
     llm = load(
-        model, device=device, dtype=dtype, decode=decode, reference=reference, kv_dtype=kv_cache_dtype, threads=threads
+        model,
+        device=device,
+        dtype=dtype,
+        decode=decode,
+        reference=reference,
+        kv_dtype=kv_cache_dtype,
+        packed_cache=packed_cache,
+        threads=threads,
     )
     llm.tokenizer  # noqa: B018 - nobody can talk with a model without one; say so before the first question
     chat = Conversation(llm, system, options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ __all__ = [
     "MaxTokensOption",
     "MinPOption",
     "ModelOption",
+    "PackedCacheOption",
     "ReferenceOption",
     "SeedOption",
     "ThreadsOption",
@@ -44,6 +46,10 @@ ReferenceOption = Annotated[
 KvCacheOption = Annotated[
     str | None,
     typer.Option("--kv-cache-dtype", help="Keys and values: bfloat16, float32 or int8; default: as the model."),
+]
+PackedCacheOption = Annotated[
+    Path | None,
+    typer.Option("--packed-cache", help="Folder for packed weights: written the first time, mapped from then on."),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, max=1024, help="CPU threads; default: the physical cores that it may use.")
@@ -81,6 +87,7 @@ def run(
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
+    packed_cache: PackedCacheOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a text or a list of token ids."""
@@ -102,7 +109,14 @@ def run(
     check_sampling(options)
     options["stop"] = tuple(stop or ())
     llm = load(
-        model, device=device, dtype=dtype, decode=decode, reference=reference, kv_dtype=kv_cache_dtype, threads=threads
+        model,
+        device=device,
+        dtype=dtype,
+        decode=decode,
+        reference=reference,
+        kv_dtype=kv_cache_dtype,
+        packed_cache=packed_cache,
+        threads=threads,
     )
     if stream if stream is not None else sys.stdout.isatty() and not as_json:
         _stream(llm, given, options, as_json=as_json)

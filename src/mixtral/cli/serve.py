@@ -16,6 +16,7 @@ from mixtral.cli.generate import (
     DtypeOption,
     KvCacheOption,
     ModelOption,
+    PackedCacheOption,
     ReferenceOption,
     ThreadsOption,
 )
@@ -39,6 +40,7 @@ def run(
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
+    packed_cache: PackedCacheOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""
@@ -54,6 +56,7 @@ def run(
         decode=decode,
         reference=reference,
         kv_dtype=kv_cache_dtype,
+        packed_cache=packed_cache,
         threads=threads,
         name=served_model_name,
     )

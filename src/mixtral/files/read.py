@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import CheckpointError
+from mixtral.files.ahead import POPULATE_READ, ReadAhead
 from mixtral.ops.memory import empty
 from mixtral.quant.decode import decode_into
 from mixtral.quant.formats import FORMATS
@@ -49,15 +50,15 @@ class Entry:
     stop: int
 
 
-# Maps pages that will be read all at once; the standard library has no name for it.
-_POPULATE_READ = 22
-
-
 class ShardReader:
-    """Copies values out of files whose headers have been checked. A context manager; not for several threads."""
+    """Copies values out of files whose headers have been checked. A context manager; not for several threads.
 
-    def __init__(self) -> None:
+    With ``ahead`` what follows in a file is read while the present values are used: for readers that go through it.
+    """
+
+    def __init__(self, *, ahead: bool = False) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self._ahead = ReadAhead() if ahead else None
 
     def __enter__(self) -> Self:
         return self
@@ -65,6 +66,8 @@ class ShardReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
         # Closed by reference count: an explicit close would fail while an exception still holds a view.
         self._maps.clear()
 
@@ -123,8 +126,10 @@ class ShardReader:
         """A view of the file, whose pages are given back afterwards."""
         data = self._map(entry)
         page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._ahead is not None:
+            self._ahead.at(data, start + count)
         with contextlib.suppress(OSError):  # before Linux 5.14 every page is mapped when it is read
-            data.madvise(_POPULATE_READ, page, start + count - page)
+            data.madvise(POPULATE_READ, page, start + count - page)
         yield torch.frombuffer(data, dtype=torch.uint8, count=count, offset=start)
         data.madvise(mmap.MADV_DONTNEED, page, start + count - page)
 

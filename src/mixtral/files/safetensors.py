@@ -283,8 +283,9 @@ def _aligned(records: Iterable[Record]) -> list[Record]:
     return ordered
 
 
-def write_shard(path: Path, records: Iterable[Record], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, a part of a tensor at a time. The caller flushes it to disk and renames it.
+def write_shard(path: Path, records: Iterable[Record], metadata: Mapping[str, str], *, align: int = 8) -> None:
+    """Write one safetensors file, a part of a tensor at a time. The caller flushes it to disk and renames it. The first
+    tensor begins at a multiple of ``align`` bytes, itself a multiple of 8.
 
     Raises:
         OSError: the file cannot be written.
@@ -297,7 +298,7 @@ def write_shard(path: Path, records: Iterable[Record], metadata: Mapping[str, st
         header[item.name] = {"dtype": _NAMES[item.dtype], "shape": list(item.shape), "data_offsets": [position, stop]}
         position = stop
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for item in ordered:

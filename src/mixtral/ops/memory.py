@@ -1,4 +1,4 @@
-"""Memory for weights and caches in pages of 2 MB where the system has them."""
+"""Memory for weights and caches, and of files, in pages of 2 MB where the system has them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import contextlib
 import math
 import mmap
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE", "empty"]
+__all__ = ["LARGE", "empty", "map_file"]
 
 LARGE = 4 << 20
 """Bytes from which on large pages are asked for."""
@@ -29,3 +30,19 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without them: ordinary pages do as well
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The memory of a whole file, which nobody may change or cut meanwhile; what is written to it stays here.
+    In large pages where the file system has them (ext4, XFS and btrfs of recent kernels).
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is empty.
+    """
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -12,19 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral.errors import ConfigError
+from mixtral.errors import CheckpointError, ConfigError
 from mixtral.ops.memory import empty
 from mixtral.ops.native import level, module, threads
-from mixtral.quant.bits import pack_bits, unpack_bits
+from mixtral.quant.bits import pack_bits
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.packed import Blocks, Groups, Packed
-from mixtral.quant.recode import as_groups
 
-__all__ = ["ROWS", "Panels", "expert_set", "run_experts", "to_panels"]
+__all__ = ["PANEL_VERSION", "ROWS", "Panels", "expert_set", "run_experts", "to_panels"]
+
+PANEL_VERSION = 1
+"""Of the bytes of panels. Whatever changes them, here or in ``native/``, adds one: files of packed weights are then
+made anew."""
 
 ROWS = 16
-_KINDS = {"Q2_K": 0, "Q3_K": 1, "Q4_K": 2, "Q5_K": 3, "Q6_K": 4}
 _G4, _G8 = 5, 6
+# Blocks -> kind, columns of a group, bits of an integer; of K-quants these are a matter of the kind.
+_KINDS = {
+    **{f"Q{number + 2}_K": (number, 0, 0) for number in range(5)},
+    "Q4_0": (_G4, 32, 4),
+    "Q8_0": (_G8, 32, 8),
+}
 _GROUPS = (256, 128, 64, 32)
 
 
@@ -94,29 +102,30 @@ def to_panels(packed: Packed) -> Panels | None:
 
     Raises:
         ConfigError: the compiled module is missing.
+        CheckpointError: a scale of Q4_0 or Q8_0 is not finite.
     """
     native = module()
-    if isinstance(packed, Blocks) and packed.label in _KINDS:
-        kind = _KINDS[packed.label]
-        panels = _empty(native, packed.label, kind, packed.shape, 0, 0)
-        panels.matrix.pack_blocks(packed.data.numpy(), threads())
+    if isinstance(packed, Blocks):
+        if packed.label not in _KINDS:
+            return None
+        kind, group, bits = _KINDS[packed.label]
+        panels = _empty(native, packed.label, kind, packed.shape, group, bits)
+        if not panels.matrix.pack_blocks(packed.data.numpy(), threads()):
+            raise CheckpointError("a scale is not finite; the weights are damaged")
         return panels
-    groups = packed if isinstance(packed, Groups) else as_groups(packed, 8 if packed.label == "Q8_0" else 4, 32)
-    if groups is None or groups.order is not None:
+    if not isinstance(packed, Groups) or packed.order is not None:
         return None
-    scales = groups.scales.half()
-    group = next((size for size in _GROUPS if groups.group % size == 0), None)
-    if group is None or not torch.equal(scales.to(groups.scale_dtype), groups.scales):
+    scales = packed.scales.half()
+    of_panels = next((size for size in _GROUPS if packed.group % size == 0), None)
+    if of_panels is None or not torch.equal(scales.to(packed.scale_dtype), packed.scales):
         return None
-    times = groups.group // group
-    zeros = groups.zeros
-    if zeros is None:
-        zeros = torch.full(scales.shape, 1 << (groups.bits - 1), dtype=torch.uint8)
-    panels = _empty(native, packed.label, _G4 if groups.bits <= 4 else _G8, groups.shape, group, groups.bits)
+    kind = _G4 if packed.bits <= 4 else _G8
+    panels = _empty(native, packed.label, kind, packed.shape, of_panels, packed.bits)
     panels.matrix.pack_groups(
-        unpack_bits(groups.codes, groups.bits).contiguous().numpy(),
-        scales.repeat_interleave(times, 1).view(torch.uint16).numpy(),
-        zeros.repeat_interleave(times, 1).contiguous().numpy(),
+        packed.codes.numpy(),
+        packed.bits,
+        scales.view(torch.uint16).numpy(),
+        None if packed.zeros is None else packed.zeros.contiguous().numpy(),
         threads(),
     )
     return panels

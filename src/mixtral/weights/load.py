@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,12 +15,15 @@ from mixtral.model.mixtral import Mixtral
 from mixtral.ops.memory import empty
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
 from mixtral.quant.packed import Packed
-from mixtral.quant.panels import to_panels
+from mixtral.quant.panels import Panels, to_panels
 from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint, unchanged
 from mixtral.weights.names import EMBEDDING, Half, Piece, is_router
+from mixtral.weights.packed_cache import PackedCache
 from mixtral.weights.reader import MatrixReader
 
 __all__ = ["checked_dtype", "dtype_of", "load_model", "place"]
+
+Pack = Callable[[Piece], Panels | None]
 
 _NAMED = {
     "float32": torch.float32,
@@ -40,25 +43,37 @@ def load_model(
     unpickle: bool = False,
     decode: bool = False,
     reference: bool = False,
+    packed_cache: Path | None = None,
 ) -> Mixtral:
     """Load a checkpoint of any layout; routers are fp32. Quantised matrices stay as they are: on the CPU compiled
     kernels multiply with them; those without a kernel, or all if ``reference``, are decoded to ``dtype`` where they are
     used. ``decode`` decodes all of them now. ``dtype`` None keeps the file's own, and is bfloat16 where any matrix is
-    quantised.
+    quantised. ``packed_cache`` is a folder where the matrices of compiled kernels are kept as they lie in memory, to be
+    mapped the next time.
 
     Raises:
-        ConfigError: the config is missing or wrong, or ``dtype`` is not float32, float16 or bfloat16.
+        ConfigError: the config is missing or wrong, ``dtype`` is not float32, float16 or bfloat16, or
+            ``packed_cache`` is given where nothing is packed, or names a file.
         CheckpointError: the files are missing or damaged, do not fit the config, or are pickled and not ``unpickle``.
     """
     path = Path(path)
     if dtype is not None:
         checked_dtype(dtype)
+    compiled = not reference and torch.device(device).type == "cpu"
+    if packed_cache is not None and (decode or not compiled):
+        raise ConfigError(
+            "packed_cache is for compiled kernels, which run on the CPU, without reference and decode",
+            param="packed_cache",
+        )
     with unchanged(path):
         found = open_checkpoint(path, unpickle=unpickle)
         model = Mixtral(found.config, device="meta", dtype=dtype or _own_dtype(found))
-        with MatrixReader() as reader, torch.no_grad():
-            compiled = not reference and torch.device(device).type == "cpu"
-            _fill(model, found, reader, torch.device(device), decode=decode, compiled=compiled)
+        cache = None if packed_cache is None else PackedCache(packed_cache, found)
+        with MatrixReader(ahead=cache is None or not cache.found) as reader, torch.no_grad():
+            pack = _packer(found, reader, cache) if compiled else None
+            _fill(model, found, reader, torch.device(device), decode=decode, pack=pack)
+    if cache is not None:
+        cache.finish()
     return model
 
 
@@ -106,7 +121,7 @@ def _own_dtype(found: Checkpoint) -> torch.dtype:
 
 
 def _fill(
-    model: Mixtral, found: Checkpoint, reader: MatrixReader, device: torch.device, *, decode: bool, compiled: bool
+    model: Mixtral, found: Checkpoint, reader: MatrixReader, device: torch.device, *, decode: bool, pack: Pack | None
 ) -> None:
     """Allocate and fill one layer's experts, or one other parameter, after the other, in the order of the files."""
     units: dict[str, list[Piece]] = {}
@@ -120,7 +135,7 @@ def _fill(
         if decode or not _stays_packed(units[unit], found):
             _fill_dense(model, units[unit], found, reader, device)
         else:
-            packed = list(_packed(units[unit], found, reader, compiled=compiled))
+            packed = list(_packed(units[unit], found, reader, pack))
             model.set_submodule(unit, _module(units[unit], packed, model.dtype).to(device))
 
 
@@ -134,14 +149,26 @@ def _stays_packed(pieces: list[Piece], found: Checkpoint) -> bool:
     return whole and any(found.entries[piece.name].dtype not in DTYPES for piece in pieces)
 
 
-def _packed(pieces: list[Piece], found: Checkpoint, reader: MatrixReader, *, compiled: bool) -> Iterator[Packed]:
+def _packer(found: Checkpoint, reader: MatrixReader, cache: PackedCache | None) -> Pack:
+    """Panels of a piece, from the cache or from the files; None where there are no kernels for its format."""
+
+    def pack(piece: Piece) -> Panels | None:
+        panels = None if cache is None else cache.take(piece)
+        if panels is None:
+            with reader.borrowed(found.entries[piece.name], piece) as packed:
+                panels = to_panels(packed)
+            if cache is not None and panels is not None:
+                cache.keep(piece, panels)
+        return panels
+
+    return pack
+
+
+def _packed(pieces: list[Piece], found: Checkpoint, reader: MatrixReader, pack: Pack | None) -> Iterator[Packed]:
     """The matrices of a unit, one after the other; in panels where there are kernels for them. Rows of the embedding
     are looked up, which panels are not made for."""
     for piece in pieces:
-        panels = None
-        if compiled and piece.parameter != EMBEDDING:
-            with reader.borrowed(found.entries[piece.name], piece) as packed:
-                panels = to_panels(packed)
+        panels = pack(piece) if pack is not None and piece.parameter != EMBEDDING else None
         yield reader.packed(found.entries[piece.name], piece) if panels is None else panels
 
 
