@@ -66,6 +66,8 @@ class Camera:
 
     def picture(self, name: str) -> None:
         """Save what is shown, with as many colours as are needed."""
+        painted = "requestAnimationFrame(() => requestAnimationFrame(arguments[0]))"
+        self.browser.execute_async_script(painted)
         image = Image.open(io.BytesIO(self.browser.get_screenshot_as_png())).convert("RGB")
         image.quantize(192, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
             self.folder / f"page-{name}.png", optimize=True
