@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 from fake import MESSAGES, FakeEngine
+from pagefake import PageServer, serving
+from pageuser import PageUser
 from selenium import webdriver
 
 from mixtral.server import ServerConfig, build
@@ -21,9 +23,9 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """Headless Chromium; one for all tests of a module."""
+    """Headless Chromium; one for all tests of a process. Each server has a port, so a storage, of its own."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
         pytest.skip("the page tests need Chromium: apt-get install -y chromium chromium-driver")
@@ -34,6 +36,22 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver)) as found:
         yield found
+
+
+@pytest.fixture
+def page_server() -> PageServer:
+    return PageServer()
+
+
+@pytest.fixture
+def user(browser: webdriver.Chrome, page_server: PageServer) -> Iterator[PageUser]:
+    """Somebody at the page of ``page_server``. At the end the page must have reported no mistake of its own."""
+    with serving(page_server) as address:
+        user = PageUser(browser, address)
+        yield user
+        complaints = user.complaints()
+        user.leave()
+        assert complaints == []
 
 
 @pytest.fixture

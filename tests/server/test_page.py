@@ -1,17 +1,14 @@
-"""The chat page in headless Chromium: real typing and clicking, against a real server over the fake engine."""
+"""The chat page in headless Chromium against the real server over the fake engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from fake import FakeEngine, listening
+from fake import FakeEngine, calling, listening
+from pageuser import PageUser
 from selenium import webdriver
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = [pytest.mark.page]
 ANSWER = "Breakfast is from 07:00 to 10:30.\n<b>bold</b> & ça va, ñandú, Straße."
@@ -23,148 +20,94 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def page(browser: webdriver.Chrome, engine: FakeEngine) -> Iterator[webdriver.Chrome]:
-    """The page, loaded from a server over ``engine``, ready for a question."""
+def user(browser: webdriver.Chrome, engine: FakeEngine) -> Iterator[PageUser]:
+    """Somebody at the page of a server over ``engine``."""
     with listening(engine) as address:
-        browser.get(address)
-        wait_for_status(browser, "Ready")
-        yield browser
-        browser.get("about:blank")
+        user = PageUser(browser, address)
+        yield user
+        complaints = user.complaints()
+        user.leave()
+        assert complaints == []
 
 
-def wait_for_status(browser: webdriver.Chrome, text: str) -> None:
-    status = browser.find_element(By.ID, "status")
-    WebDriverWait(browser, 10, poll_frequency=0.02).until(
-        lambda _: status.text.startswith(text), f"status is {status.text!r}"
-    )
+def test_a_typed_question_is_answered(user: PageUser, engine: FakeEngine) -> None:
+    user.type("When does breakfast start?")
+    user.id("send").click()
+    user.wait_idle()
+    assert user.answers == [ANSWER]  # as text: the markup in it is no markup here
+    assert "tokens/s" in user.one(".numbers").text
+    user.ask("And until when?")
+    text = engine.tokenizer.decode(engine.prompts[-1])
+    for part in ("When does breakfast start?", "And until when?", "10:30"):
+        assert part in text
 
 
-def by_id(browser: webdriver.Chrome, name: str) -> WebElement:
-    return browser.find_element(By.ID, name)
+def test_nothing_is_blocked_and_nothing_comes_from_elsewhere(user: PageUser) -> None:
+    user.open_settings()
+    user.id("experts").click()
+    user.ask("Hello")
+    assert user.answers == [ANSWER]
+    assert [entry for entry in user.browser.get_log("browser") if entry["level"] in {"WARNING", "SEVERE"}] == []
+    names = user.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert {"app.js", "markdown.js", "base.css", "completions"} <= {name.rsplit("/", 1)[-1] for name in names}
+    assert all(name.startswith(user.address) for name in names)
 
 
-def answers(browser: webdriver.Chrome) -> list[str]:
-    return [found.text for found in browser.find_elements(By.CSS_SELECTOR, ".message.assistant .text")]
-
-
-def test_a_typed_question_is_answered(page: webdriver.Chrome, engine: FakeEngine) -> None:
-    assert not by_id(page, "send").is_enabled()
-    by_id(page, "prompt").send_keys("When does breakfast start?")
-    by_id(page, "send").click()
-    WebDriverWait(page, 10).until(lambda _: by_id(page, "send").is_displayed())
-    assert answers(page) == [ANSWER]  # as text: the markup in it is no markup here
-    assert "tokens/s" in page.find_element(By.CSS_SELECTOR, ".message.assistant .meta").text
-    assert "first text after" in page.find_element(By.CSS_SELECTOR, ".message.assistant .meta").text
-    assert not by_id(page, "welcome").is_displayed()
-    by_id(page, "prompt").send_keys("And until when?", Keys.ENTER)
-    WebDriverWait(page, 10).until(lambda _: len(answers(page)) == 2 and by_id(page, "send").is_displayed())
-    text = engine.tokenizer.decode(engine.prompts[1])
-    assert "When does breakfast start?" in text
-    assert "And until when?" in text
-    assert "10:30" in text  # the first answer is part of the conversation
-
-
-def test_nothing_is_blocked_and_nothing_comes_from_elsewhere(page: webdriver.Chrome) -> None:
-    by_id(page, "prompt").send_keys("Hello", Keys.ENTER)
-    WebDriverWait(page, 10).until(lambda _: answers(page) == [ANSWER] and by_id(page, "send").is_displayed())
-    assert [entry for entry in page.get_log("browser") if entry["level"] in {"WARNING", "SEVERE"}] == []
-    names = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
-    assert names
-    assert all(name.startswith(page.current_url) for name in names)
-
-
-def test_text_appears_while_it_is_written_and_stop_ends_it(page: webdriver.Chrome, engine: FakeEngine) -> None:
+def test_stop_ends_the_work_of_the_engine(user: PageUser, engine: FakeEngine) -> None:
     engine.reply, engine.delay_s = "one two three " * 120, 0.02
-    by_id(page, "prompt").send_keys("Count", Keys.ENTER)
-    text = page.find_element(By.CSS_SELECTOR, ".message.assistant .text")
-    WebDriverWait(page, 10, poll_frequency=0.02).until(lambda _: text.text)
-    first = text.text
-    WebDriverWait(page, 10, poll_frequency=0.02).until(lambda _: len(text.text) > len(first))
-    assert by_id(page, "status").text.startswith("Answering")
-    by_id(page, "stop").click()
-    wait_for_status(page, "Stopped")
-    stopped = text.text
-    assert len(stopped) < len("one two three " * 120)
-    WebDriverWait(page, 10, poll_frequency=0.02).until(lambda _: engine.closed == 1)
-    assert text.text == stopped
-    assert "stopped" in page.find_element(By.CSS_SELECTOR, ".message.assistant .meta").text
+    user.type("Count", Keys.ENTER)
+    user.wait(lambda: user.answers and user.answers[0])
+    user.id("stop").click()
+    user.wait_status("Stopped")
+    user.wait(lambda: engine.closed == engine.opened)
+    assert len(user.answers[0]) < len(engine.reply)
     engine.reply, engine.delay_s = "Again.", 0.0
-    by_id(page, "prompt").send_keys("More", Keys.ENTER)
-    WebDriverWait(page, 10).until(lambda _: answers(page)[1:] == ["Again."])
+    user.ask("More")
+    assert user.answers[1:] == ["Again."]
 
 
-def test_settings_reach_the_engine_and_a_new_chat_forgets(page: webdriver.Chrome, engine: FakeEngine) -> None:
-    by_id(page, "settings-button").click()
-    by_id(page, "system").send_keys("Answer in one word.")
-    by_id(page, "temperature").send_keys(Keys.HOME)
-    field = by_id(page, "max-tokens")
-    field.clear()
-    field.send_keys("7")
-    by_id(page, "prompt").send_keys("First", Keys.SHIFT, Keys.ENTER, Keys.SHIFT, "line two", Keys.ENTER)
-    wait_for_status(page, "The answer was cut")
-    assert (engine.params[0].temperature, engine.params[0].max_tokens) == (0.0, 7)
-    text = engine.tokenizer.decode(engine.prompts[0])
-    assert "Answer in one word." in text
-    assert "First\nline two" in text
-    by_id(page, "new-chat").click()
-    assert answers(page) == []
-    assert by_id(page, "welcome").is_displayed()
-    by_id(page, "prompt").send_keys("Second", Keys.ENTER)
-    wait_for_status(page, "The answer was cut")
-    assert "First" not in engine.tokenizer.decode(engine.prompts[1])
+def test_settings_reach_the_engine(user: PageUser, engine: FakeEngine) -> None:
+    user.open_settings()
+    user.set("system", "Answer in one word.")
+    for name, value in {"temperature": "0", "max_tokens": "7", "seed": "5", "top_k": "3"}.items():
+        user.set(name, value)
+    user.ask("First")
+    params = engine.params[-1]
+    assert (params.temperature, params.max_tokens, params.seed, params.top_k) == (0.0, 7, 5, 3)
+    assert "Answer in one word." in engine.tokenizer.decode(engine.prompts[-1])
+    assert "length" in user.one(".numbers").text
 
 
-@pytest.mark.parametrize("value", ["99999", ""])
-def test_a_wrong_setting_is_shown_also_when_the_settings_are_closed(
-    page: webdriver.Chrome, engine: FakeEngine, value: str
-) -> None:
-    page.execute_script("arguments[0].value = arguments[1]", by_id(page, "max-tokens"), value)
-    assert not by_id(page, "settings").is_displayed()
-    by_id(page, "prompt").send_keys("Hello", Keys.ENTER)
-    assert by_id(page, "settings").is_displayed()
-    assert by_id(page, "settings-button").get_attribute("aria-expanded") == "true"
-    assert page.switch_to.active_element == by_id(page, "max-tokens")
-    assert by_id(page, "prompt").get_attribute("value") == "Hello"
-    assert engine.prompts == []
+def test_a_call_and_its_result(user: PageUser, engine: FakeEngine) -> None:
+    engine.reply = calling(engine.tokenizer)
+    user.open_settings("Functions")
+    user.click("Add an example")
+    user.ask("When is the castle open?")
+    assert user.one(".call .name").text == "get_hours"
+    engine.reply = "From 9 to 17."
+    user.focused.send_keys("9-17", Keys.CONTROL, Keys.ENTER)
+    user.wait(lambda: "From 9 to 17." in user.answers)
+    assert "9-17" in engine.tokenizer.decode(engine.prompts[-1])
 
 
-def test_an_example_is_one_click(page: webdriver.Chrome, engine: FakeEngine) -> None:
-    example = page.find_elements(By.CSS_SELECTOR, "#examples button")[1]
-    question = example.text
-    example.click()
-    WebDriverWait(page, 10).until(lambda _: answers(page) == [ANSWER])
-    assert page.find_element(By.CSS_SELECTOR, ".message.user").text == question
-    assert question in engine.tokenizer.decode(engine.prompts[0])
+def test_a_cut_answer_goes_on(user: PageUser, engine: FakeEngine) -> None:
+    user.open_settings()
+    user.set("max_tokens", "4")
+    user.ask("Hello")
+    begun = user.answers[0]
+    engine.reply = " and more"
+    user.click("Continue")
+    user.wait(lambda: len(user.answers[0]) > len(begun))
+    user.wait_idle()
+    assert begun in engine.tokenizer.decode(engine.prompts[-1])
 
 
-def test_errors_are_shown_as_received(page: webdriver.Chrome, engine: FakeEngine) -> None:
-    page.execute_script("arguments[0].value = 'word '.repeat(600)", by_id(page, "prompt"))
-    by_id(page, "prompt").send_keys("!", Keys.ENTER)
-    wait_for_status(page, "Failed")
-    error = page.find_element(By.CSS_SELECTOR, ".message.error")
-    assert "context_length_exceeded" in error.text
-    assert by_id(page, "prompt").get_attribute("value").startswith("word word")  # nothing typed is lost
-    by_id(page, "new-chat").click()
-    by_id(page, "prompt").clear()
+def test_errors_are_shown_as_received(user: PageUser, engine: FakeEngine) -> None:
+    user.run("document.getElementById('prompt').value = 'word '.repeat(600)")
+    user.ask("!")
+    assert "context_length_exceeded" in user.one(".error").text
+    user.id("new-chat").click()
     engine.fails_after = 2
-    by_id(page, "prompt").send_keys("Hello", Keys.ENTER)
-    wait_for_status(page, "Failed")
-    assert "internal_error" in page.find_element(By.CSS_SELECTOR, ".message.error").text
-    assert answers(page) == ["Breakfast"]
-
-
-@pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_hangs_over_the_edge(page: webdriver.Chrome, width: int, engine: FakeEngine, tmp_path: Path) -> None:
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
-    try:
-        engine.reply = "x" * 100
-        by_id(page, "settings-button").click()
-        by_id(page, "prompt").send_keys("y" * 200, Keys.ENTER)
-        WebDriverWait(page, 10).until(lambda _: answers(page) == ["x" * 100])
-        assert page.execute_script("return document.documentElement.scrollWidth") <= width
-        assert page.execute_script("return document.documentElement.scrollHeight") <= 740
-    finally:
-        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    user.ask("Hello")
+    assert "internal_error" in user.one(".error").text
+    assert user.answers == ["Breakfast"]

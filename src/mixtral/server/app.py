@@ -24,12 +24,29 @@ __all__ = ["build", "runner_of"]
 
 _log = logging.getLogger("mixtral.server")
 _PAGE = Path(__file__).parent / "page"
+_SCRIPTS = (
+    *(
+        "app",
+        "calls",
+        "chat",
+        "connection",
+        "dom",
+        "experts",
+        "experts-view",
+        "markdown",
+        "markup",
+        "messages",
+        "panels",
+    ),
+    *("request", "schema", "settings", "sidebar", "store", "stream", "theme", "tools", "transfer"),
+)
 # Path -> file and media type. Nothing else is ever read from disk.
 _FILES = {
     "/": ("index.html", "text/html"),
-    "/static/app.js": ("app.js", "text/javascript"),
-    "/static/style.css": ("style.css", "text/css"),
+    "/static/base.css": ("base.css", "text/css"),
+    "/static/chat.css": ("chat.css", "text/css"),
     "/static/icon.svg": ("icon.svg", "image/svg+xml"),
+    **{f"/static/{name}.js": (f"{name}.js", "text/javascript") for name in _SCRIPTS},
 }
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
