@@ -28,6 +28,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "plan": (set(), set()),
     "wire": (set(), {"msgspec"}),
     "tokenizer": (set(), {"mistral_common", "sentencepiece"}),
+    "grammar": ({"tokenizer", "wire"}, {"llguidance", "numpy"}),
     "ops": ({"_native"}, {"torch", "numpy"}),
     "model": ({"ops"}, {"torch"}),
     "quant": ({"model", "ops", "_native"}, {"torch", "numpy", "gguf"}),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "mixtral"
 filemap = runpy.run_path(str(ROOT / "scripts" / "filemap.py"))
 
-TORCH_FREE = ("errors.py", "config.py", "desk", "plan", "wire", "tokenizer", "server", "evaluate", "cli")
+TORCH_FREE = ("errors.py", "config.py", "desk", "plan", "wire", "tokenizer", "grammar", "server", "evaluate", "cli")
 TORCH_FREE_FILES = ("__init__.py", "engine/config.py", "engine/request.py", "engine/pages.py", "engine/scheduler.py")
 HEAVY = ("torch", "numpy", "fastapi", "mistral_common", "safetensors")
 

@@ -8,6 +8,9 @@
     ├── TokenizerError     text or ids that the tokenizer cannot take, or a tokenizer that does not fit the model
     ├── MessagesError      a conversation breaks the rules of the chat format
     ├── RequestError       a generation parameter is unknown, unsupported or out of range
+    ├── GrammarError       a schema, regex or grammar is wrong, unsupported or too costly
+    ├── MatcherError       an accepted grammar failed while an answer was being written
+    ├── BusyError          there is no room for the request now; the same request may succeed later
     ├── CapacityError      the request does not fit the context or the memory it was given
     ├── NumericalError     the model produced NaN or infinity
     ├── TrainingError      a training run cannot start, continue or save
@@ -21,9 +24,12 @@ from __future__ import annotations
 
 __all__ = [
     "BenchError",
+    "BusyError",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "GrammarError",
+    "MatcherError",
     "MessagesError",
     "MixtralError",
     "NumericalError",
@@ -73,6 +79,27 @@ class RequestError(MixtralError):
     """A generation parameter is unknown, unsupported or out of range."""
 
     code = "invalid_value"
+
+
+class GrammarError(MixtralError):
+    """A schema, regex or grammar that an answer cannot be held to.
+
+    ``code`` is schema_unsupported, schema_invalid, regex_invalid, grammar_invalid or grammar_too_complex.
+    """
+
+    code = "grammar_invalid"
+
+
+class MatcherError(MixtralError):
+    """A grammar that was accepted failed while an answer was being written; that answer ends, others go on."""
+
+    code = "grammar_failed"
+
+
+class BusyError(MixtralError):
+    """There is no room for the request now; the same request may succeed later."""
+
+    code = "server_overloaded"
 
 
 class CapacityError(MixtralError):

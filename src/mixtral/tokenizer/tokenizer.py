@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.resources
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from mixtral.errors import TokenizerError
@@ -60,6 +61,11 @@ class Tokenizer:
                 raise TokenizerError(f"respell[{id}] is empty; expected at least one id")
             for each in (id, *others):
                 self._check(each)
+
+    @property
+    def respell(self) -> Mapping[int, tuple[int, ...]]:
+        """The ids that ``encode`` never gives, each with the ids that spell it; empty if every id was trained."""
+        return MappingProxyType(self._respell)
 
     @classmethod
     def from_version(cls, version: str, *, respell: Mapping[int, tuple[int, ...]] | None = None) -> Tokenizer:
