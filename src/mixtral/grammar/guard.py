@@ -94,6 +94,10 @@ class Guard:
         """Memory of what is remembered."""
         return self._known_bytes
 
+    def pids(self) -> list[int]:
+        """The processes that run now."""
+        return [pid for worker in self._workers if (pid := worker.pid) is not None]
+
     def close(self) -> None:
         """End the processes. A later ``check`` starts them anew."""
         for worker in self._workers:
@@ -135,6 +139,11 @@ class _Worker:
         if self._process is None or self._process.poll() is not None:
             self._start()
         return self._exchange({"text": text}, self._seconds + _GRACE_SECONDS)
+
+    @property
+    def pid(self) -> int | None:
+        """The process, if it was started."""
+        return None if self._process is None else self._process.pid
 
     def stop(self) -> None:
         """End the process, if it runs."""
@@ -192,6 +201,8 @@ def _plain(reason: str) -> str:
         return "it allows no text at all"
     if "oneOf constraints" in reason:
         return "options of oneOf are not seen to exclude each other, which is not supported; use anyOf"
+    if "regex parse error:" in reason:
+        return f"the regular expression is wrong: {_NOISE.sub('', reason).rpartition('error: ')[2].strip()}"
     plain = _NOISE.sub("", reason)
     if plain.startswith("at 1(8): "):  # of `start: `, which we wrote, unless the client has such a line
         plain = _PLACE.sub("", plain)

@@ -110,7 +110,7 @@ class Grammar:
         if errors := [matcher.get_error() for matcher in matchers if matcher.is_error()]:
             raise GrammarError(errors[0], param=param)
         at_start = _words(masks[1], self.usable.size) & self.usable
-        if not matchers[0].is_stopped():
+        if (_words(masks[0], self.usable.size) & self.usable).any():
             at_start |= self.lone_space
         return _Compiled(matchers[0], at_start)
 
@@ -265,8 +265,11 @@ def _vocabulary(surfaces: list[bytes], eos_id: int) -> llguidance.LLTokenizer:
 
 
 def _ids_of_bytes(surfaces: list[bytes], usable: list[int]) -> list[int]:
-    """For each byte an id that stands for it alone."""
-    found = {surfaces[id]: id for id in usable if len(surfaces[id]) == 1}
+    """For each byte an id that stands for it alone: the byte piece where that was trained."""
+    found: dict[bytes, int] = {}
+    for id in usable:
+        if len(surfaces[id]) == 1:
+            found.setdefault(surfaces[id], id)
     missing = [byte for byte in range(256) if bytes([byte]) not in found]
     if missing:
         raise TokenizerError(f"no trained token stands for the byte {missing[0]:#04x} ({len(missing)} are missing)")

@@ -215,10 +215,18 @@ class _Reader:
 
     def write(self, prefix: str) -> Checked:
         targets = {path: self._target(path, pointer) for path, pointer in self.references.items()}
-        names = {target: f"{prefix}{number}" for number, target in enumerate(dict.fromkeys(targets.values()))}
+        # A union is written once, with its options in place, and referred to: it may be part of its own options.
+        unions = [path for path, node in self.places.items() if self._is_union(node, path)]
+        names = {
+            target: f"{prefix}{number}" for number, target in enumerate(dict.fromkeys([*targets.values(), *unions]))
+        }
         writer = _Writer(self, targets, names)
         root = writer.node(())
         return Checked(root, {name: writer.node(target, whole=True) for target, name in names.items()})
+
+    def _is_union(self, node: Any, path: Path) -> bool:
+        options = node.get("oneOf", ()) if isinstance(node, dict) else ()
+        return any((*path, "oneOf", place) in self.references for place in range(len(options)))
 
     def _target(self, path: Path, pointer: str) -> Path:
         parts = [unquote(part).replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
@@ -301,7 +309,7 @@ class _Writer:
         for key, value in given.items():
             if key in KEYWORDS and key not in _DEFINITIONS:
                 written[key] = self._value(key, value, path)
-        if written.get("minProperties", 2) <= len(_names(given)):
+        if written.get("minProperties", PROPERTIES + 1) <= len(_names(given)):
             del written["minProperties"]  # said by `required`, and some forms of it are beyond the library
         return written
 
