@@ -22,7 +22,7 @@ from mixtral.cli import main
 from mixtral.config import MixtralConfig
 from mixtral.errors import MixtralError
 from mixtral.model.mixtral import Mixtral
-from mixtral.server import ServerConfig, build
+from mixtral.server import Plain, ServerConfig, ThreadEngine, build
 from mixtral.weights import save_model
 
 Capture = pytest.CaptureFixture[str]
@@ -61,7 +61,7 @@ def llm(good: Path) -> mixtral.LLM:
 
 @pytest.fixture(scope="module")
 def client(llm: mixtral.LLM) -> Iterator[TestClient]:
-    with TestClient(build(llm, ServerConfig()), base_url="http://127.0.0.1:8000") as client:
+    with TestClient(build(ThreadEngine(Plain(llm), ServerConfig())), base_url="http://127.0.0.1:8000") as client:
         yield client
 
 

@@ -12,7 +12,7 @@ import pytest
 from fake import MESSAGES, FakeEngine
 from selenium import webdriver
 
-from mixtral.server import ServerConfig, build
+from mixtral.server import ServerConfig, ThreadEngine, build
 
 Send = Callable[..., httpx.Response]
 FLAGS = (
@@ -47,7 +47,7 @@ def send(engine: FakeEngine) -> Send:
 
     def call(method: str, path: str, *, config: ServerConfig | None = None, **parts: Any) -> httpx.Response:
         async def run() -> httpx.Response:
-            app = build(engine, config)
+            app = build(ThreadEngine(engine, config or ServerConfig()), config)
             async with (
                 app.router.lifespan_context(app),
                 httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000") as client,

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from mixtral.server import Server, ServerConfig
+from mixtral.server import Server, ServerConfig, ThreadEngine
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import Candidate, SamplingParams, TokenEvent
+from mixtral.wire import Candidate, Done, SamplingParams, Started, Submit, TokenEvent, Tokens, Update
 
 CONTEXT = 512
 MESSAGES = [{"role": "user", "content": "When does breakfast start?"}]
@@ -17,7 +17,7 @@ CALL = '[{"name": "get_hours", "arguments": {"place": "Castle"}}]'
 
 
 class FakeEngine:
-    """Fulfils the server's Engine. ``reply`` is a text, a list of ids, or a function of the prompt's ids giving either.
+    """A source for the server's ThreadEngine. ``reply`` is a text, ids, or a function of the prompt's ids giving either.
 
     ``delay_s`` passes before each token. After ``fails_after`` tokens it raises ``error``. ``opened`` and ``closed``
     count streams. ``hold`` makes it wait before the first token.
@@ -38,23 +38,30 @@ class FakeEngine:
         self.context = CONTEXT
         self.tokenizer = Tokenizer.from_version(version)
         self.vocab_size = self.tokenizer.vocab_size
+        self.cache_tokens, self.layers, self.experts, self.fingerprint = 10**6, 4, 8, "fp_fake"
         self.reply = reply
         self.delay_s = delay_s
         self.fails_after = fails_after
         self.error = error or RuntimeError("secret detail /root/weights")
         self.prompts: list[list[int]] = []
         self.params: list[SamplingParams] = []
+        self.submits: list[Submit] = []
         self.opened = self.closed = self.tokens = 0
         self.hold: threading.Event | None = None
 
-    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
+    def updates(self, submit: Submit) -> Iterator[Update]:
         self.opened += 1
         try:
-            self.prompts.extend(list(prompt) for prompt in prompts)
-            self.params.append(params)
+            self.submits.append(submit)
+            self.prompts.extend(list(prompt) for prompt in submit.prompts)
+            self.params.append(submit.params)
+            yield Started(request=submit.request, cached=(0,) * len(submit.prompts))
             if self.hold is not None and not self.hold.wait(timeout=20):
                 raise TimeoutError("nobody let the fake engine go on")
-            yield from self._events([self._ids(prompt) for prompt in prompts], params)
+            answers = [self._ids(prompt) for prompt in submit.prompts for _ in range(submit.n)]
+            for event in self._events(answers, submit.params):
+                yield Tokens(request=submit.request, events=[event])
+            yield Done(request=submit.request)
         finally:
             self.closed += 1
 
@@ -99,7 +106,8 @@ def listening(engine: FakeEngine, config: ServerConfig | None = None) -> Iterato
         addresses.append(address)
         ready.set()
 
-    server = Server(engine, config or ServerConfig(port=0, drain_s=1.0), on_ready)
+    config = config or ServerConfig(port=0, drain_s=1.0)
+    server = Server(ThreadEngine(engine, config), config, on_ready)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -222,7 +222,7 @@ def test_a_stream_has_the_headers_of_a_stream(send: Send) -> None:
         ({"port": -1}, "port"),
         ({"port": 70000}, "port"),
         ({"port": "80"}, "port"),
-        ({"queue_size": -1}, "queue_size"),
+        ({"queue_size": 0}, "queue_size"),
         ({"queue_size": True}, "queue_size"),
         ({"queue_timeout_s": float("nan")}, "queue_timeout_s"),
         ({"request_timeout_s": float("inf")}, "request_timeout_s"),

@@ -126,7 +126,6 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [5, 32768]}, "invalid_value", "prompt[1]"),
     ({"prompt": [[5], [-1]]}, "invalid_value", "prompt[1][0]"),
     ({"prompt": ["a"] * 129}, "invalid_value", "prompt"),
-    ({"prompt": ["a"] * 128, "max_tokens": 500}, "request_exceeds_cache", "prompt"),
     ({"prompt": [5] * CONTEXT}, "context_length_exceeded", "prompt"),
     ({"logprobs": 6}, "invalid_value", "logprobs"),
     ({"logprobs": True}, "invalid_type", "logprobs"),

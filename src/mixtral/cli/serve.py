@@ -33,7 +33,7 @@ def run(
     allowed_host: Annotated[
         list[str] | None, typer.Option("--allowed-host", help="Name that a proxy in front uses; may be repeated.")
     ] = None,
-    queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")] = 16,
+    queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")] = 128,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
@@ -42,7 +42,7 @@ def run(
     threads: ThreadsOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""
-    from mixtral.server import ServerConfig, serve
+    from mixtral.server import Plain, ServerConfig, ThreadEngine, serve
 
     config = ServerConfig(host=host, port=port, allowed_hosts=tuple(allowed_host or ()), queue_size=queue_size)
     from mixtral.api import load
@@ -59,7 +59,8 @@ def run(
     )
     llm.tokenizer  # noqa: B018 - a model without one cannot be served; say so before listening
     with _request_log():
-        serve(llm, config, on_ready=lambda address: output.note(f"{llm.name} is ready: {address} (Ctrl-C stops)"))
+        engine = ThreadEngine(Plain(llm), config)
+        serve(engine, config, on_ready=lambda address: output.note(f"{llm.name} is ready: {address} (Ctrl-C stops)"))
 
 
 @contextmanager

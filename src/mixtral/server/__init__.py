@@ -3,6 +3,7 @@
 from mixtral.server.app import build
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine
+from mixtral.server.local import Plain, ThreadEngine
 from mixtral.server.run import Server, serve
 
-__all__ = ["Engine", "Server", "ServerConfig", "build", "serve"]
+__all__ = ["Engine", "Plain", "Server", "ServerConfig", "ThreadEngine", "build", "serve"]

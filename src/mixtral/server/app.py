@@ -15,12 +15,12 @@ from starlette.responses import Response
 
 from mixtral.errors import MixtralError
 from mixtral.server.config import ServerConfig
-from mixtral.server.engine import Engine, Runner
+from mixtral.server.engine import Engine
 from mixtral.server.errors import ApiError, as_api_error, error_response, show
 from mixtral.server.gate import Gate
 from mixtral.server.routes import Routes
 
-__all__ = ["build", "runner_of"]
+__all__ = ["build"]
 
 _log = logging.getLogger("mixtral.server")
 _PAGE = Path(__file__).parent / "page"
@@ -42,16 +42,14 @@ _PAGE_HEADERS = {
 def build(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     """The application over ``engine``. It has no documentation pages: those load scripts from elsewhere."""
     config = config or ServerConfig()
-    runner = Runner(engine, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await runner.close()
+        await engine.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.runner = runner
-    for method, path, handler in Routes(runner, config).table():
+    for method, path, handler in Routes(engine, config).table():
         app.add_api_route(path, handler, methods=[method], response_model=None)
     for path, (name, media_type) in _FILES.items():
         app.add_api_route(path, _file((_PAGE / name).read_bytes(), media_type), methods=["GET"], response_model=None)
@@ -59,14 +57,6 @@ def build(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(Gate, config=config)
     return app
-
-
-def runner_of(app: FastAPI) -> Runner:
-    """The runner of an application that ``build`` made."""
-    runner = app.state.runner
-    if not isinstance(runner, Runner):
-        raise TypeError(f"app.state.runner is {runner!r}; expected an application made by build()")
-    return runner
 
 
 def _file(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:

@@ -12,7 +12,8 @@ __all__ = ["ServerConfig"]
 # field -> (lowest, highest) value
 _RANGES: dict[str, tuple[float, float]] = {
     "port": (0, 65535),
-    "queue_size": (0, 4096),
+    "queue_size": (1, 4096),
+    "queue_tokens": (1, 2**31 - 1),
     "queue_timeout_s": (0.01, 3600),
     "request_timeout_s": (0.01, 86400),
     "body_timeout_s": (0.01, 120),
@@ -21,7 +22,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "drain_s": (0, 3600),
     "body_limit_bytes": (1024, 64 * 2**20),
     "open_requests": (1, 4096),
-    "batch_tokens": (1, 2**31 - 1),
     "buffer_tokens": (1, 65536),
 }
 
@@ -31,11 +31,10 @@ class ServerConfig:
     """Settings of one server.
 
     ``host`` must be a loopback address, because there are no keys; put a proxy that authenticates in front and list its
-    name in ``allowed_hosts``. ``port`` 0 takes a free one. One request runs, ``queue_size`` more may wait
-    ``queue_timeout_s``. ``drain_s`` is what running requests get after a stop signal. A client that reads nothing for
-    ``stall_timeout_s`` is dropped. A stream without tokens for ``wait_note_s`` gets a comment line. ``buffer_tokens``
-    may wait for a slow reader. Prompts and answers of one request together have at most ``batch_tokens`` tokens, or the
-    context, if that is more.
+    name in ``allowed_hosts``. ``port`` 0 takes a free one. ``queue_size`` requests with ``queue_tokens`` prompt tokens
+    together may wait ``queue_timeout_s`` for the engine. ``drain_s`` is what running requests get after a stop signal.
+    A client that reads nothing for ``stall_timeout_s`` is dropped. A stream without tokens for ``wait_note_s`` gets a
+    comment line. ``buffer_tokens`` may wait for a slow reader.
 
     Raises:
         ConfigError: a value is out of range, or the host is not loopback.
@@ -44,7 +43,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_hosts: tuple[str, ...] = ()
-    queue_size: int = 16
+    queue_size: int = 128
+    queue_tokens: int = 262_144
     queue_timeout_s: float = 60.0
     request_timeout_s: float = 3600.0
     body_timeout_s: float = 30.0
@@ -53,7 +53,6 @@ class ServerConfig:
     drain_s: float = 30.0
     body_limit_bytes: int = 4 * 2**20
     open_requests: int = 256
-    batch_tokens: int = 16384
     buffer_tokens: int = 1024
 
     def __post_init__(self) -> None:

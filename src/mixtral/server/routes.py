@@ -12,9 +12,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from mixtral.server.admission import Admission
 from mixtral.server.body import read_json
 from mixtral.server.config import ServerConfig
-from mixtral.server.engine import Runner
+from mixtral.server.engine import Engine
 from mixtral.server.errors import ApiError, show
 from mixtral.server.protocol import Options, read_chat, read_completion
 from mixtral.server.sse import EventStream, unless_gone
@@ -28,9 +29,9 @@ _log = logging.getLogger("mixtral.server")
 class Routes:
     """The handlers of one server; ``table`` lists method, path and handler."""
 
-    def __init__(self, runner: Runner, config: ServerConfig) -> None:
-        self._runner = runner
-        self._engine = runner.engine
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        self._engine = engine
+        self._door = Admission(engine, config)
         self._config = config
         self._created = int(time.time())
 
@@ -68,9 +69,7 @@ class Routes:
         body = await read_json(request, self._config)
         wanted = read_completion(body, vocab_size=self._engine.vocab_size)
         self._check_model(wanted.options.model)
-        return await self._answer(
-            request, wanted.options, lambda: prepare_completion(self._engine, self._config, wanted)
-        )
+        return await self._answer(request, wanted.options, lambda: prepare_completion(self._engine, wanted))
 
     async def _answer(self, request: Request, options: Options, prepare: Callable[[], Work]) -> Response:
         if options.user is not None:
@@ -80,8 +79,8 @@ class Routes:
         work = await asyncio.to_thread(prepare)
         headers = {"x-mixtral-seed": str(work.params.seed)}
         if options.stream:
-            return EventStream(stream(self._runner, work), self._config, headers)
-        body = await unless_gone(request.receive, collect(self._runner, work))
+            return EventStream(stream(self._door, work), self._config, headers)
+        body = await unless_gone(request.receive, collect(self._door, work))
         return JSONResponse(body, headers=headers)
 
     def _check_model(self, name: str) -> None:

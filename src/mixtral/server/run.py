@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from mixtral.errors import ConfigError
-from mixtral.server.app import build, runner_of
+from mixtral.server.app import build
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine
 
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
             )
         )
         self.stopped_by: int | None = None
-        self._runner = runner_of(app)
+        self._engine = engine
         self._on_ready = on_ready
         self._drain_s = config.drain_s
 
@@ -66,8 +66,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuse new requests, let the others finish, and end what is left after ``drain_s`` with an error."""
-        self._runner.drain()
-        timer = self._loop.call_later(self._drain_s, self._runner.abort)
+        self._engine.drain()
+        timer = self._loop.call_later(self._drain_s, self._engine.abort)
         await super().shutdown(sockets)
         timer.cancel()
 
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
 
     def _stop(self, number: int, frame: object) -> None:
         if self.should_exit:  # asked twice
-            self._loop.call_soon_threadsafe(self._runner.abort)
+            self._loop.call_soon_threadsafe(self._engine.abort)
         self.stopped_by = number
         self.should_exit = True
 

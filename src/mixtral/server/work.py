@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
 from mixtral.errors import MixtralError
+from mixtral.server.admission import Admission, AdmittedRun
 from mixtral.server.answer import Answer, Piece
-from mixtral.server.config import ServerConfig
-from mixtral.server.engine import Engine, Run, Runner
+from mixtral.server.engine import Engine
 from mixtral.server.errors import ApiError
 from mixtral.server.protocol import ChatRequest, CompletionRequest, Options
 from mixtral.server.replies import ChatReply, CompletionReply, Reply, usage
 from mixtral.server.sse import DONE, WAIT, frame
 from mixtral.tokenizer import encode_chat
-from mixtral.wire import SamplingParams
+from mixtral.wire import Done, SamplingParams, Started, Submit, Tokens
 
 __all__ = ["Work", "collect", "prepare_chat", "prepare_completion", "stream"]
 
@@ -33,6 +34,10 @@ class Work:
     answers: list[Answer]
     reply: Reply
     include_usage: bool
+
+    def submit(self) -> Submit:
+        """The message for the engine. Its id is ours, so that no two requests share one."""
+        return Submit(request=uuid.uuid4().hex, prompts=self.prompts, params=self.params)
 
     def usage(self) -> dict[str, int]:
         """Token counts so far."""
@@ -56,7 +61,7 @@ def prepare_chat(engine: Engine, request: ChatRequest) -> Work:
     return Work([ids], params, [answer], reply, options.include_usage)
 
 
-def prepare_completion(engine: Engine, config: ServerConfig, request: CompletionRequest) -> Work:
+def prepare_completion(engine: Engine, request: CompletionRequest) -> Work:
     """Encode the prompts, each with BOS if it is text. Raises ApiError when they do not fit."""
     options, tokenizer = request.options, engine.tokenizer
     prompts = [
@@ -64,34 +69,32 @@ def prepare_completion(engine: Engine, config: ServerConfig, request: Completion
     ]
     longest = max(map(len, prompts))
     params = _with_max_tokens(options, longest, _COMPLETION_TOKENS, engine.context, "prompt")
-    total = sum(map(len, prompts)) + len(prompts) * params.max_tokens
-    limit = max(engine.context, config.batch_tokens)
-    if total > limit:
-        message = f"prompts and answers need {total} tokens together; the limit is {limit}. Send fewer prompts."
-        raise ApiError(400, "request_exceeds_cache", message, param="prompt")
     answers = [Answer(tokenizer, stop=options.stop, continues=True) for _ in prompts]
     reply = CompletionReply(engine.name, tokenizer, logprobs=params.logprobs is not None)
     return Work(prompts, params, answers, reply, options.include_usage)
 
 
-async def collect(runner: Runner, work: Work) -> dict[str, Any]:
+async def collect(door: Admission, work: Work) -> dict[str, Any]:
     """The whole body of an answer. Raises ApiError, or what the engine raises."""
     pieces: list[list[Piece]] = [[] for _ in work.answers]
-    async with runner.run(work.prompts, work.params) as run:
+    async with door.run(work.submit()) as run:
+        await _start(run)
         async for index, piece in _pieces(run, work):
-            pieces[index].append(piece)
+            if index >= 0:
+                pieces[index].append(piece)
     choices = [work.reply.choice(index, found) for index, found in enumerate(pieces)]
     return {**work.reply.whole(choices), "usage": work.usage()}
 
 
-async def stream(runner: Runner, work: Work) -> AsyncGenerator[bytes, None]:
+async def stream(door: Admission, work: Work) -> AsyncGenerator[bytes, None]:
     """The frames of an answer, the first of them (perhaps empty) as soon as the request leaves the queue."""
     reply = work.reply
     note = {"usage": None} if work.include_usage else {}
-    async with runner.run(work.prompts, work.params) as run:
+    async with door.run(work.submit()) as run:
+        await _start(run)
         opening = reply.opening()
         yield frame(reply.event(opening) | note) if opening else b""
-        async for index, piece in _pieces(run, work, waits=True):
+        async for index, piece in _pieces(run, work):
             if index < 0:
                 yield WAIT
                 continue
@@ -102,16 +105,26 @@ async def stream(runner: Runner, work: Work) -> AsyncGenerator[bytes, None]:
     yield DONE
 
 
-async def _pieces(run: Run, work: Work, *, waits: bool = False) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Index and piece of every event until all answers are finished; with ``waits``, index -1 for a pause."""
-    async for event in run:
-        if event is None:
-            if waits:
-                yield -1, Piece()
-            continue
-        yield event.sequence, work.answers[event.sequence].push(event)
-        if all(answer.finished for answer in work.answers):
-            return
+async def _start(run: AdmittedRun) -> Started:
+    """Wait until the request leaves the queue."""
+    async for update in run:
+        if isinstance(update, Started):
+            return update
+    raise MixtralError("the engine ended before it began; expected the update Started")
+
+
+async def _pieces(run: AdmittedRun, work: Work) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Index and piece of every token until all answers are finished; index -1 for a pause."""
+    async for update in run:
+        if update is None:
+            yield -1, Piece()
+        elif isinstance(update, Tokens):
+            for event in update.events:
+                yield event.sequence, work.answers[event.sequence].push(event)
+            if all(answer.finished for answer in work.answers):
+                return
+        elif isinstance(update, Done):
+            break
     raise MixtralError(
         "the engine ended before all answers were finished; expected an event with a finish_reason for each"
     )
