@@ -20,10 +20,11 @@ PACKAGE = ROOT / "src" / "mixtral"
 filemap = runpy.run_path(str(ROOT / "scripts" / "filemap.py"))
 
 # part -> (parts of mixtral it may import, third-party modules it may import). Every part may import BASE.
-BASE = {"errors", "config"}
+BASE = {"errors", "config", "faults"}
 IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "config": (set(), set()),
+    "faults": (set(), set()),
     "desk": (set(), set()),
     "plan": (set(), set()),
     "wire": (set(), {"msgspec"}),
@@ -35,7 +36,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "files": ({"ops", "quant"}, {"torch", "numpy"}),
     "weights": ({"model", "ops", "quant", "files"}, {"torch", "numpy", "safetensors"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy"}),
-    "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic"}),
+    "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "pydantic", "msgspec", "prometheus_client"}),
     "train": ({"model", "ops", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
     "results": ({"tokenizer", "wire"}, set()),
@@ -45,6 +46,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
         {"api", "ops", "weights", "files", "quant", "plan"},
         {"torch", "numpy", "matplotlib", "llama_cpp", "transformers", "vllm"},
     ),
+    "worker": ({"api", "engine", "wire"}, set()),
     "__init__": ({"api", "wire"}, set()),
     "__main__": ({"cli"}, set()),
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only

@@ -1,4 +1,4 @@
-"""Named failpoints for tests: places where a process fails on purpose. Nothing fails unless a list of them is installed.
+"""Named failpoints for tests: places where a process fails on purpose. Nothing fails unless a list is installed.
 
 The list comes with the first message to an engine process, which only tests write; no option, variable or request of
 ``mixtral serve`` reaches it.
@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from mixtral.errors import ConfigError
 
-__all__ = ["FaultError", "act", "channel_fault", "fails", "installed", "install", "matchers_fail", "poisons"]
+__all__ = ["FaultError", "act", "channel_fault", "fails", "install", "installed", "matchers_fail", "poisons"]
 
 _ACTIONS = ("raise", "exit", "hang")
 _CHANNEL = ("short", "garbage", "close")

@@ -19,6 +19,7 @@ from mixtral.server.engine import Engine
 from mixtral.server.errors import ApiError, as_api_error, error_response, show
 from mixtral.server.gate import Gate
 from mixtral.server.routes import Routes
+from mixtral.server.status import Status
 
 __all__ = ["build"]
 
@@ -42,20 +43,22 @@ _PAGE_HEADERS = {
 def build(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     """The application over ``engine``. It has no documentation pages: those load scripts from elsewhere."""
     config = config or ServerConfig()
+    metrics = engine.metrics
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
         yield
         await engine.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for method, path, handler in Routes(engine, config).table():
+    for method, path, handler in [*Routes(engine, config).table(), *Status(engine, metrics).table()]:
         app.add_api_route(path, handler, methods=[method], response_model=None)
     for path, (name, media_type) in _FILES.items():
         app.add_api_route(path, _file((_PAGE / name).read_bytes(), media_type), methods=["GET"], response_model=None)
     for kind in (ApiError, MixtralError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(Gate, config=config)
+    app.add_middleware(Gate, config=config, metrics=metrics)
     return app
 
 
@@ -68,11 +71,13 @@ def _file(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        return error_response(_routing_error(request, error))
-    if isinstance(error, RequestValidationError):
-        return error_response(ApiError(400, "invalid_request", "the request cannot be read"))
-    known = as_api_error(error)
-    if known.status >= 500 and not isinstance(error, ApiError):
+        known = _routing_error(request, error)
+    elif isinstance(error, RequestValidationError):
+        known = ApiError(400, "invalid_request", "the request cannot be read")
+    else:
+        known = as_api_error(error)
+    request.scope["mixtral.code"] = known.code
+    if known.status >= 500 and not isinstance(error, ApiError | HTTPException):
         _log.error("request %s failed", request.scope.get("mixtral.request_id"), exc_info=error)
     return error_response(known)
 

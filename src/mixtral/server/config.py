@@ -23,6 +23,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "body_limit_bytes": (1024, 64 * 2**20),
     "open_requests": (1, 4096),
     "buffer_tokens": (1, 65536),
+    "buffer_bytes": (1024, 16 * 2**20),
+    "engine_stall_s": (0.05, 3600),
+    "engine_deaths": (1, 1000),
+    "engine_deaths_within_s": (0.01, 86400),
 }
 
 
@@ -34,7 +38,9 @@ class ServerConfig:
     name in ``allowed_hosts``. ``port`` 0 takes a free one. ``queue_size`` requests with ``queue_tokens`` prompt tokens
     together may wait ``queue_timeout_s`` for the engine. ``drain_s`` is what running requests get after a stop signal.
     A client that reads nothing for ``stall_timeout_s`` is dropped. A stream without tokens for ``wait_note_s`` gets a
-    comment line. ``buffer_tokens`` may wait for a slow reader.
+    comment line. ``buffer_bytes`` of tokens may wait for a slow reader. An engine that is not heard of, or works on one
+    step, for ``engine_stall_s`` is ended and started again; after ``engine_deaths`` ends within
+    ``engine_deaths_within_s`` the server gives up.
 
     Raises:
         ConfigError: a value is out of range, or the host is not loopback.
@@ -54,6 +60,10 @@ class ServerConfig:
     body_limit_bytes: int = 4 * 2**20
     open_requests: int = 256
     buffer_tokens: int = 1024
+    buffer_bytes: int = 256 * 2**10
+    engine_stall_s: float = 60.0
+    engine_deaths: int = 3
+    engine_deaths_within_s: float = 600.0
 
     def __post_init__(self) -> None:
         if not _is_loopback(self.host):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
+from mixtral.errors import MixtralError
+from mixtral.server.metrics import Metrics
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Submit, Update
 
@@ -56,6 +58,28 @@ class Engine(Protocol):
     @property
     def state(self) -> State:
         """Whether requests are taken ("ready") and, if not, why."""
+        ...
+
+    @property
+    def metrics(self) -> Metrics:
+        """What is counted: of the engine by itself, of answers by the server around it."""
+        ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is open."""
+        ...
+
+    async def start(self) -> None:
+        """Begin, in the event loop that calls this; returns before requests are taken."""
+        ...
+
+    async def until_ready(self) -> None:
+        """Wait until requests are taken. Raises MixtralError when that will never be."""
+        ...
+
+    async def until_ended(self) -> MixtralError:
+        """Wait for the fault that ends the engine for good, if one ever does."""
         ...
 
     def run(self, submit: Submit) -> AbstractAsyncContextManager[Run]:

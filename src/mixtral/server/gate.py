@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixtral.server.config import ServerConfig
 from mixtral.server.errors import ApiError, ClientGone, as_api_error, error_response, overloaded, show
+from mixtral.server.metrics import Metrics
 
 __all__ = ["Gate"]
 
@@ -27,9 +29,10 @@ _HEADERS = 100
 class Gate:
     """ASGI layer around the whole application. No exception leaves it: each becomes an answer or a log line."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: Metrics) -> None:
         self._app = app
         self._config = config
+        self._metrics = metrics
         self._open = 0
         own = f"[{config.host}]" if ":" in config.host else config.host
         self._loopback = {*_LOOPBACK, own.lower()}
@@ -65,14 +68,28 @@ class Gate:
             status = 499
         except Exception as error:
             known = as_api_error(error)
+            scope["mixtral.code"] = known.code
             if not isinstance(error, ApiError):
                 _log.exception("request %s failed", request_id)
             if status == 0:
                 await error_response(known)(scope, receive, send_marked)
         finally:
             self._open -= 1
-        path = show(scope["path"])
-        _log.info("%s %s %s: %d in %.3f s", request_id, scope["method"], path, status, time.monotonic() - began)
+        self._note(scope, status, time.monotonic() - began)
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        """Count and log one answer; 499 is a client that left."""
+        code = scope.get("mixtral.code", "client_gone" if status == 499 else "")
+        self._metrics.answered(_route(scope), status, code)
+        facts = {
+            "request": scope["mixtral.request_id"],
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "code": code,
+            "seconds": round(seconds, 3),
+        }
+        _log.info("%(request)s %(method)s %(path)r: %(status)d %(code)s in %(seconds).3f s", facts)
 
     def _check(self, scope: Scope) -> None:
         if self._open > self._config.open_requests:
@@ -109,6 +126,12 @@ class Gate:
 def _request_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
     given = _values(headers, b"x-request-id")
     return given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else uuid.uuid4().hex
+
+
+def _route(scope: Scope) -> str:
+    """The path of the route that answered, as the server names it: never what the client wrote."""
+    route = scope.get("route")
+    return route.path if isinstance(route, Route) else "none"
 
 
 def _values(headers: Sequence[tuple[bytes, bytes]], name: bytes) -> list[str]:

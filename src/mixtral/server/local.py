@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from mixtral.errors import MixtralError
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import State
 from mixtral.server.errors import ApiError, overloaded
+from mixtral.server.metrics import Metrics
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Done, Failed, Started, Submit, TokenEvent, Tokens, Update
 from mixtral.wire.sampling import SamplingParams
@@ -161,9 +163,26 @@ class ThreadEngine:
         self.cache_tokens, self.layers, self.experts = source.cache_tokens, source.layers, source.experts
         self.fingerprint, self.tokenizer = source.fingerprint, source.tokenizer
         self.state: State = "ready"
+        self.metrics = Metrics()
         self._config = config
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mixtral-engine")
         self._runs: set[ThreadRun] = set()
+
+    @property
+    def busy(self) -> bool:
+        """See Engine."""
+        return bool(self._runs)
+
+    async def start(self) -> None:
+        """See Engine."""
+
+    async def until_ready(self) -> None:
+        """See Engine."""
+
+    async def until_ended(self) -> MixtralError:
+        """See Engine."""
+        never: asyncio.Future[MixtralError] = asyncio.get_running_loop().create_future()
+        return await never
 
     @contextlib.asynccontextmanager
     async def run(self, submit: Submit) -> AsyncIterator[ThreadRun]:

@@ -38,16 +38,11 @@ class Routes:
     def table(self) -> list[tuple[str, str, Callable[..., Any]]]:
         """All API routes."""
         return [
-            ("GET", "/health", self.health),
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{name:path}", self.model),
             ("POST", "/v1/chat/completions", self.chat),
             ("POST", "/v1/completions", self.completions),
         ]
-
-    async def health(self) -> Response:
-        """200 as long as requests are answered."""
-        return JSONResponse({"status": "ok"})
 
     async def models(self) -> Response:
         """The one model."""

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
+import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, MixtralError
 from mixtral.server.app import build
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine
 
 __all__ = ["Server", "serve"]
 
+_log = logging.getLogger("mixtral.server")
+_LOOK_S = 0.02
+_ABORT_S = 1.0  # for readers to take notice that their request was ended
+_LAST_S = 3  # and for answers and error events that are on their way
+
 
 class Server(uvicorn.Server):
     """A uvicorn server over one engine. Setting ``should_exit`` stops it like a signal does.
 
-    ``on_ready`` gets the address, such as ``http://127.0.0.1:8000``, once requests are accepted. ``stopped_by`` is the
-    signal that ended it, if one did.
+    It listens at once, and answers 503 until the engine is ready; then ``on_ready`` gets the address, such as
+    ``http://127.0.0.1:8000``. ``stopped_by`` is the signal that ended it, ``fault`` what ended the engine, if one did.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig, on_ready: Callable[[str], None] | None = None) -> None:
@@ -44,32 +50,64 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 h11_max_incomplete_event_size=32 * 1024,
                 timeout_keep_alive=5,
-                timeout_graceful_shutdown=math.ceil(config.drain_s) + 5,
+                timeout_graceful_shutdown=_LAST_S,
             )
         )
         self.stopped_by: int | None = None
+        self.fault: MixtralError | None = None
         self._engine = engine
+        self._aborted: float | None = None
         self._on_ready = on_ready
         self._drain_s = config.drain_s
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop. Raises ConfigError if the address cannot be bound."""
+        """Serve until told to stop.
+
+        Raises:
+            ConfigError: the address cannot be bound, or the engine cannot be started as it was told.
+            EngineError: the engine ended too often.
+        """
         super().run(sockets or [_bind(self.config.host, self.config.port)])
+        if self.fault is not None:
+            raise self.fault
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
+        """Listen, and begin to follow the engine."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        if self._on_ready is not None and self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            self._on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        self._follower = asyncio.create_task(self._follow())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new requests, let the others finish, and end what is left after ``drain_s`` with an error."""
+        """Refuse new requests with an answer, let the others finish, and after ``drain_s`` end them with an error."""
         self._engine.drain()
-        timer = self._loop.call_later(self._drain_s, self._engine.abort)
-        await super().shutdown(sockets)
+        self._follower.cancel()
+        timer = self._loop.call_later(self._drain_s, self._abort)
+        while self._engine.busy and (self._aborted is None or time.monotonic() - self._aborted < _ABORT_S):
+            await asyncio.sleep(_LOOK_S)
         timer.cancel()
+        await super().shutdown(sockets)
+
+    async def _follow(self) -> None:
+        try:
+            await self._engine.until_ready()
+        except MixtralError as error:
+            self._give_up(error)
+            return
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        try:
+            if self._on_ready is not None:
+                self._on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+        except Exception:
+            _log.exception("nobody could be told that the server is ready; it serves all the same")
+        self._give_up(await self._engine.until_ended())
+
+    def _abort(self) -> None:
+        self._aborted = time.monotonic()
+        self._engine.abort()
+
+    def _give_up(self, error: MixtralError) -> None:
+        self.fault = error
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -86,7 +124,7 @@ class Server(uvicorn.Server):
 
     def _stop(self, number: int, frame: object) -> None:
         if self.should_exit:  # asked twice
-            self._loop.call_soon_threadsafe(self._engine.abort)
+            self._loop.call_soon_threadsafe(self._abort)
         self.stopped_by = number
         self.should_exit = True
 
@@ -95,7 +133,8 @@ def serve(engine: Engine, config: ServerConfig, *, on_ready: Callable[[str], Non
     """Serve until SIGTERM or SIGINT; the second signal does not wait for running requests.
 
     Raises:
-        ConfigError: the address is in use or cannot be bound.
+        ConfigError: the address is in use or cannot be bound, or the engine cannot be started as it was told.
+        EngineError: the engine ended too often.
     """
     Server(engine, config, on_ready).run()
 

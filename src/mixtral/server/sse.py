@@ -91,6 +91,7 @@ class EventStream(Response):
             if not started:
                 raise
             known = as_api_error(error)
+            scope["mixtral.code"] = known.code
             if not isinstance(error, ApiError) and known.status >= 500:
                 _log.exception("request %s failed", scope.get("mixtral.request_id"), exc_info=error)
             yield frame(known.body())

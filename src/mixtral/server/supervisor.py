@@ -1,4 +1,4 @@
-"""Starts the engine process, watches it, and starts it again when it dies or stands still; until that happens too often."""
+"""Starts the engine process, watches it, and starts it again when it dies or stands still, a few times."""
 
 from __future__ import annotations
 
