@@ -93,9 +93,11 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
-    """Forget a request. Nothing more comes for it; one that is unknown or finished is left alone."""
+    """Forget a request, or only one ``sequence`` of it. Nothing more comes for it; one that is unknown or finished is
+    left alone. When the other sequences of a request are finished it is done, as if this one had not been asked for."""
 
     request: str
+    sequence: int | None = None
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
