@@ -20,11 +20,12 @@ PACKAGE = ROOT / "src" / "mixtral"
 filemap = runpy.run_path(str(ROOT / "scripts" / "filemap.py"))
 
 # part -> (parts of mixtral it may import, third-party modules it may import). Every part may import BASE.
-BASE = {"errors", "config", "faults"}
+BASE = {"errors", "config", "faults", "log"}
 IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "config": (set(), set()),
     "faults": (set(), set()),
+    "log": (set(), set()),
     "desk": (set(), set()),
     "plan": (set(), set()),
     "wire": (set(), {"msgspec"}),
@@ -46,7 +47,8 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
         {"api", "ops", "weights", "files", "quant", "plan"},
         {"torch", "numpy", "matplotlib", "llama_cpp", "transformers", "vllm"},
     ),
-    "worker": ({"api", "engine", "wire"}, set()),
+    "build": ({"api", "engine", "wire"}, {"msgspec"}),
+    "worker": ({"build", "engine", "wire"}, set()),
     "__init__": ({"api", "wire"}, set()),
     "__main__": ({"cli"}, set()),
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from mixtral import faults
+from mixtral import faults, log
 from mixtral.engine.loop import Engine, run
 from mixtral.errors import MixtralError
 from mixtral.wire import Channel, ChannelClosedError, Failed, Hello, Start, ToEngine
@@ -24,13 +24,12 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 def main(arguments: Sequence[str], build: Callable[[Start], tuple[Engine, Hello]] | None = None) -> int:
     """Run an engine for the process at the other end of the socket until it closes it; returns an exit code.
 
-    The first message is a ``Start``. ``build`` makes the engine from it; default: ``mixtral.api.build_engine``.
+    The first message is a ``Start``. ``build`` makes the engine from it; default: ``mixtral.build.build_engine``.
     """
     if len(arguments) != 1 or not arguments[0].isdecimal():
         sys.stderr.write("mixtral.worker is started by `mixtral serve`, with the number of an open socket\n")
         return 2
     _confine()
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     channel: Channel[ToEngine] = Channel(socket.socket(fileno=int(arguments[0])), ToEngine)
     try:
         return _serve(channel, build or _build)
@@ -53,11 +52,13 @@ def _serve(channel: Channel[ToEngine], build: Callable[[Start], tuple[Engine, He
             return 2
     except ChannelClosedError:
         return 0
-    return run(channel, lambda: build(start), beat_s=start.beat_s)
+    with log.started(start.log, level=logging.WARNING):
+        logging.captureWarnings(True)
+        return run(channel, lambda: build(start), beat_s=start.beat_s)
 
 
 def _build(start: Start) -> tuple[Engine, Hello]:
-    from mixtral.api import build_engine
+    from mixtral.build import build_engine  # torch is not needed to refuse wrong arguments
 
     return build_engine(start)
 

@@ -71,7 +71,7 @@ class StepEngine:
             raise CapacityError(f"{need} tokens; the limit is {CONTEXT}", code="request_exceeds_cache", param="prompt")
         self.requests[submit.request] = Running(submit)
 
-    def abort(self, request: str) -> None:
+    def abort(self, request: str, sequence: int | None = None) -> None:
         self.requests.pop(request, None)
 
     def step(self) -> list[Update]:
@@ -139,11 +139,12 @@ HELLO = Hello(
 
 
 def build(start: Start) -> tuple[StepEngine, Hello]:
-    """``start.model`` is ``steps``, perhaps with ``:SECONDS`` per step; or ``broken``, which cannot be built."""
-    kind, _, delay = start.model.partition(":")
+    """``start.model`` is ``steps:SECONDS per step:SECONDS to load``; any other cannot be built."""
+    kind, delay, load = [*start.model.split(":"), "0", "0"][:3]
     if kind != "steps":
         raise ConfigError(f"there is no model {start.model!r}", param="model")
-    return StepEngine(slots=start.max_num_seqs or 8, delay_s=float(delay or 0)), HELLO
+    time.sleep(float(load))
+    return StepEngine(slots=start.max_num_seqs or 8, delay_s=float(delay)), HELLO
 
 
 if __name__ == "__main__":

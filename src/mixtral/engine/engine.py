@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mixtral.config import MixtralConfig
@@ -60,9 +59,7 @@ class Engine:
     belongs to a request) ends all requests; the engine is usable afterwards.
     """
 
-    def __init__(
-        self, model: Mixtral, config: EngineConfig | None = None, grammar: Grammar | None = None
-    ) -> None:
+    def __init__(self, model: Mixtral, config: EngineConfig | None = None, grammar: Grammar | None = None) -> None:
         self.model = model
         self.config = config or EngineConfig()
         self._grammar = grammar
@@ -260,7 +257,14 @@ class Engine:
                 self._tell(name, found, updates)
 
     def _take(
-        self, found: _Open, piece: Piece, start: int, result: StepResult, rows_KV: Floats, finite: list[bool], likely: list[int]
+        self,
+        found: _Open,
+        piece: Piece,
+        start: int,
+        result: StepResult,
+        rows_KV: Floats,
+        finite: list[bool],
+        likely: list[int],
     ) -> None:
         sequence = piece.sequence
         request = sequence.request

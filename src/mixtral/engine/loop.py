@@ -45,8 +45,8 @@ class Engine(Protocol):
         """Take a request in. Raises MixtralError for one that can never run."""
         ...
 
-    def abort(self, request: str) -> None:
-        """Forget a request; one that is unknown or finished is left alone."""
+    def abort(self, request: str, sequence: int | None = None) -> None:
+        """Forget a request, or one sequence of it; what is unknown or finished is left alone."""
         ...
 
     def step(self) -> list[Update]:
@@ -121,8 +121,9 @@ class Loop:
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Abort):
-            self._open.discard(message.request)
-            self._engine.abort(message.request)
+            if message.sequence is None:
+                self._open.discard(message.request)
+            self._engine.abort(message.request, message.sequence)
             return
         if not isinstance(message, Submit) or message.request in self._open:
             raise RuntimeError(f"unexpected message {type(message).__name__} to a running engine")

@@ -89,7 +89,16 @@ class Gate:
             "code": code,
             "seconds": round(seconds, 3),
         }
-        _log.info("%(request)s %(method)s %(path)r: %(status)d %(code)s in %(seconds).3f s", facts)
+        what = f"{status} {code}" if code else f"{status}"
+        _log.info(
+            "%s %s %r: %s in %.3f s",
+            facts["request"],
+            facts["method"],
+            facts["path"],
+            what,
+            seconds,
+            extra={"facts": facts},
+        )
 
     def _check(self, scope: Scope) -> None:
         if self._open > self._config.open_requests:

@@ -181,10 +181,9 @@ class Supervisor:
         self._tick_s = min(_TICK_S, config.engine_stall_s / 4)
 
     @property
-    def pid(self) -> int | None:
-        """Process id of the engine, if it is a process and lives."""
-        worker = self._worker
-        return worker.pid if isinstance(worker, EngineProcess) and worker.poll() is None else None
+    def worker(self) -> Worker | None:
+        """What runs now."""
+        return self._worker
 
     def write(self, data: bytes) -> None:
         """Send bytes to the engine, if there is one."""
@@ -196,13 +195,15 @@ class Supervisor:
         try:
             while True:
                 why = await self._one_life()
+                if self.state == "ready":
+                    self.state = "restarting"
                 self._owner.on_down(why)
                 await self._end()
                 problem = self._count_death(why)
                 if problem is not None:
                     self.state = "dead"
                     return problem
-                self.state = "restarting"
+                self.state = "restarting" if self.served else "starting"
                 self.restarts += 1
                 await asyncio.sleep(_PAUSES_S[min(len(self._deaths), len(_PAUSES_S)) - 1])
         finally:
@@ -259,6 +260,10 @@ class Supervisor:
             self._refusal = ConfigError(message.message, param=message.param, code=message.code)
         else:
             self._owner.on_update(message)
+            if isinstance(message, Failed) and message.code == EngineError.code and self._link is not None:
+                # It says so of each of its requests, in one frame, and then ends.
+                self.state = "restarting"
+                asyncio.get_running_loop().call_soon(self._link.close, "a step failed")
 
     def _count_death(self, why: str) -> MixtralError | None:
         """Note a death; the reason to give up, if there is one."""

@@ -61,6 +61,11 @@ class Tokenizer:
             for each in (id, *others):
                 self._check(each)
 
+    @property
+    def respell(self) -> dict[int, tuple[int, ...]]:
+        """The ids that ``encode`` replaces, and by what."""
+        return dict(self._respell)
+
     @classmethod
     def from_version(cls, version: str, *, respell: Mapping[int, tuple[int, ...]] | None = None) -> Tokenizer:
         """The tokenizer "v1" (8x7B), "v2" or "v3" (8x22B Instruct). Raises TokenizerError for any other name."""

@@ -68,6 +68,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", forbid_unkno
     max_num_batched_tokens: int | None = None
     cache_bytes: int | None = None
     prefix_cache: bool = True
+    log: Literal["text", "json"] = "text"
     parent: int | None = None
     beat_s: float = 1.0
     faults: tuple[str, ...] = ()
