@@ -13,7 +13,21 @@ from typing import Annotated
 
 import typer
 
-from mixtral.cli import bench, chat, convert, evaluate, generate, init, inspect, output, quantize, serve, train, verify
+from mixtral.cli import (
+    batch,
+    bench,
+    chat,
+    convert,
+    evaluate,
+    generate,
+    init,
+    inspect,
+    output,
+    quantize,
+    serve,
+    train,
+    verify,
+)
 from mixtral.errors import EngineError, MixtralError
 
 __all__ = ["app", "main"]
@@ -33,6 +47,7 @@ app.command("quantize")(quantize.run)
 app.command("verify")(verify.run)
 app.command("init")(init.run)
 app.command("bench")(bench.run)
+app.command("batch")(batch.run)
 app.command("serve", context_settings=serve.CONTEXT)(serve.run)
 app.command("evaluate")(evaluate.run)
 app.add_typer(train.app, name="train")
