@@ -66,13 +66,19 @@ def test_json_lines_are_objects() -> None:
 
 @pytest.mark.parametrize("format", get_args(log.Format))
 def test_lines_below_the_level_are_left_out(format: Any) -> None:
-    stream = io.StringIO()
+    stream, before = io.StringIO(), list(logging.getLogger().handlers)
     with log.started(format, level=logging.WARNING, stream=stream):
         logger.info("no")
         logger.error("yes")
     assert "yes" in stream.getvalue()
     assert "no\n" not in stream.getvalue()
-    assert logging.getLogger("mixtral").handlers == []
+    assert logging.getLogger().handlers == before
+
+
+def test_other_packages_are_heard_when_it_matters() -> None:
+    other = logging.getLogger("asyncio")
+    lines = written("text", lambda: (other.info("no"), other.warning("yes"))[0])
+    assert [line[25:] for line in lines] == ["yes"]
 
 
 def test_a_full_device_is_nobodys_problem(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160), 0x
 
 @contextlib.contextmanager
 def started(format: Format, *, level: int = logging.INFO, stream: TextIO | None = None) -> Iterator[None]:
-    """Write what ``mixtral`` logs, and captured warnings, to ``stream`` (default: standard error) during the block.
+    """Write what is logged (by others: warnings and worse) to ``stream`` (default: standard error) during the block.
 
     Writing happens in a thread: a full disk, a closed pipe or one that nobody reads costs lines, and nothing else.
     Lines hold facts about requests, not their content. A record's ``facts`` are keys of its own in JSON.
@@ -33,17 +33,15 @@ def started(format: Format, *, level: int = logging.INFO, stream: TextIO | None 
     writer.setFormatter(_Json() if format == "json" else _Text())
     listener = _Listener(lines, writer)
     handler = _Handler(lines)
-    log, warnings = logging.getLogger("mixtral"), logging.getLogger("py.warnings")
+    log, root = logging.getLogger("mixtral"), logging.getLogger()
     before = log.level
     log.setLevel(level)
-    for each in (log, warnings):
-        each.addHandler(handler)
+    root.addHandler(handler)  # what other packages have to say must hold up nobody either
     listener.start()
     try:
         yield
     finally:
-        for each in (log, warnings):
-            each.removeHandler(handler)
+        root.removeHandler(handler)
         log.setLevel(before)
         listener.stop()
 

@@ -116,7 +116,6 @@ def _children(pid: int) -> list[int]:
 
 
 def test_log_lines_may_be_json() -> None:
-    import json
 
     with start("--model", "steps", "--log-format", "json") as process:
         assert process.stderr is not None

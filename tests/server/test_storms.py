@@ -32,7 +32,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def raw(address: str, prompt: list[int], *, buffer: int | None = None, **fields: Any) -> Iterator[socket.socket]:
+def raw(address: str, prompt: list[Any], *, buffer: int | None = None, **fields: Any) -> Iterator[socket.socket]:
     """A socket that has sent a completion and reads only when told to."""
     body = json.dumps({"model": "steps", "prompt": prompt, **fields}).encode()
     place = urlsplit(address)
@@ -114,9 +114,9 @@ def test_readers_that_read_nothing_cost_little_and_delay_nobody(pool: ThreadPool
     with serving(spawn(0.002, slots=16), config) as (address, client, _), contextlib.ExitStack() as stack:
         complete(address, [1], 50)
         before = rss_bytes()
-        slow = {"max_tokens": 4000, "n": 32, "stream": True, "logprobs": 5}
+        slow = {"max_tokens": 4000, "stream": True, "logprobs": 5}
         for n in range(6):
-            stack.enter_context(raw(address, [n], buffer=4096, **slow))
+            stack.enter_context(raw(address, [[n, m] for m in range(32)], buffer=4096, **slow))
         until(lambda: sum(run.started for run in client._runs.values()) == 6)
         good = [pool.submit(complete, address, [n, 5], 100, stream=n == 0) for n in range(3)]
         assert events(good[0].result())[-1] == "[DONE]"

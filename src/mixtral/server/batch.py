@@ -147,7 +147,7 @@ class _Work:
             read = msgspec.json.decode(line, type=_Line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             message = f"line {number} is no request of a batch ({error}); expected custom_id, method, url and body"
-            return _Prepared(id, None, problem=ApiError(400, "invalid_json", message))
+            return _Prepared(id, _custom_id(line), problem=ApiError(400, "invalid_json", message))
         problem = self._check(number, read)
         if problem is not None:
             return _Prepared(id, read.custom_id, problem=problem)
@@ -187,6 +187,12 @@ class _Work:
             message = "stream is not for batches: their answers are whole; leave it out"
             return ApiError(400, "unsupported_parameter", message, param="stream")
         return None
+
+
+def _custom_id(line: bytes) -> str | None:
+    """The custom_id of a line that is no request, if it can be found."""
+    found = (_object(line) or {}).get("custom_id")
+    return found if isinstance(found, str) else None
 
 
 def _object(body: bytes) -> dict[str, Any] | None:

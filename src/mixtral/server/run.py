@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
+import math
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -23,6 +26,8 @@ __all__ = ["Server", "serve"]
 _log = logging.getLogger("mixtral.server")
 _LOOK_S = 0.02
 _ABORT_S = 1.0  # for readers to take notice that their request was ended
+_BACKLOG = 512  # asyncio also tries to accept this often in a row
+_QUIET_S = 10.0  # between lines that say the same
 _LAST_S = 3  # and for answers and error events that are on their way
 
 
@@ -42,6 +47,7 @@ class Server(uvicorn.Server):
                 port=config.port,
                 http="h11",
                 ws="none",
+                backlog=_BACKLOG,
                 loop="asyncio",
                 lifespan="on",
                 log_config=None,
@@ -57,6 +63,7 @@ class Server(uvicorn.Server):
         self.fault: MixtralError | None = None
         self._engine = engine
         self._aborted: float | None = None
+        self._full_since = -math.inf
         self._on_ready = on_ready
         self._drain_s = config.drain_s
 
@@ -75,6 +82,7 @@ class Server(uvicorn.Server):
         """Listen, and begin to follow the engine."""
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._note)
         self._follower = asyncio.create_task(self._follow())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -100,6 +108,15 @@ class Server(uvicorn.Server):
         except Exception:
             _log.exception("nobody could be told that the server is ready; it serves all the same")
         self._give_up(await self._engine.until_ended())
+
+    def _note(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What nobody waits for. Without free files, accepting fails many times a second: one line is enough."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._full_since > _QUIET_S:
+            self._full_since = time.monotonic()
+            _log.error("connections cannot be accepted: %s", error.strerror)
 
     def _abort(self) -> None:
         self._aborted = time.monotonic()
@@ -142,7 +159,9 @@ def serve(engine: Engine, config: ServerConfig, *, on_ready: Callable[[str], Non
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        made = socket.create_server((host, port), family=family)
+        # Opened anew, it knows that it is TCP: only then does asyncio send small writes, such as events, at once.
+        return socket.socket(fileno=made.detach())
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port} ({error.strerror}); is another server running there? Choose another port.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
@@ -24,7 +25,10 @@ __all__ = ["EngineProcess", "Link", "Owner", "Spawn", "Supervisor", "Worker", "p
 
 _log = logging.getLogger("mixtral.server")
 _TICK_S = 0.25
-_PAUSES_S = (0.1, 1.0, 3.0)  # before a restart: the first is at once, so that its requests can come back
+_PAUSES_S = (0.1, 1.0, 3.0)  # before a restart, by recent deaths
+_EXHAUSTED_S = 1.0  # before another try, when the system had no room for a process
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+_GRACE_S = 1.0  # for an engine that noticed the end of its channel, to write its last lines
 _END_S = 5.0
 
 
@@ -84,11 +88,14 @@ class EngineProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                 )
-            first: Channel[FromEngine] = Channel(self.sock, FromEngine)
-            first.send([msgspec.structs.replace(start, parent=os.getpid())])
         except BaseException:
             self.sock.close()
             raise
+        try:
+            first: Channel[FromEngine] = Channel(self.sock, FromEngine)
+            first.send([msgspec.structs.replace(start, parent=os.getpid())])
+        except ChannelError as error:
+            _log.error("the engine process took no message: %s", error)  # it is found dead by whoever watches it
 
     @property
     def pid(self) -> int:
@@ -104,8 +111,12 @@ class EngineProcess:
         self._process.kill()
 
 
-def process(start: Start, command: Sequence[str] = (sys.executable, "-m", "mixtral.worker")) -> Spawn:
-    """Starts engine processes. A process that fails to take the first message is found dead by whoever watches it."""
+# -P: modules are not looked for in the current folder, which may be that of a model.
+_COMMAND = (sys.executable, "-P", "-m", "mixtral.worker")
+
+
+def process(start: Start, command: Sequence[str] = _COMMAND) -> Spawn:
+    """Starts engine processes that load what ``start`` says."""
     return lambda: EngineProcess(start, command)
 
 
@@ -177,6 +188,7 @@ class Supervisor:
         self._worker: Worker | None = None
         self._deaths: deque[float] = deque()
         self._refusal: ConfigError | None = None
+        self._exhausted = False  # the system had no room for another process
         self.served = False  # an engine was ready once
         self._tick_s = min(_TICK_S, config.engine_stall_s / 4)
 
@@ -197,6 +209,10 @@ class Supervisor:
                 why = await self._one_life()
                 if self.state == "ready":
                     self.state = "restarting"
+                if self._exhausted:
+                    _log.error("the engine cannot be started now: %s", why)
+                    await asyncio.sleep(_EXHAUSTED_S)
+                    continue
                 self._owner.on_down(why)
                 await self._end()
                 problem = self._count_death(why)
@@ -211,9 +227,11 @@ class Supervisor:
 
     async def _one_life(self) -> str:
         """From start to end of one engine; returns how it ended. Raises nothing but cancellation."""
+        self._exhausted = False
         try:
             self._worker = self._spawn()
         except (OSError, MixtralError) as error:
+            self._exhausted = isinstance(error, OSError) and error.errno in _EXHAUSTED
             return f"it cannot be started ({error})"
         link = Link(self._take)
         try:
@@ -287,10 +305,18 @@ class Supervisor:
             link.close()
         if worker is None:
             return
-        worker.kill()
-        deadline = time.monotonic() + _END_S
-        while (code := worker.poll()) is None and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
-        worker.sock.close()
-        if code is None:
+        if self.state == "stalled" or not await _ended(worker, _GRACE_S):
+            worker.kill()
+        if not await _ended(worker, _END_S):
             _log.error("the engine did not end within %g s", _END_S)
+        worker.sock.close()
+
+
+async def _ended(worker: Worker, within_s: float) -> bool:
+    """Wait for a worker to end; whether it did."""
+    deadline = time.monotonic() + within_s
+    while worker.poll() is None:
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
