@@ -17,7 +17,7 @@ CALL = '[{"name": "get_hours", "arguments": {"place": "Castle"}}]'
 
 
 class FakeEngine:
-    """A source for the server's ThreadEngine. ``reply`` is a text, ids, or a function of the prompt's ids giving either.
+    """A source for ThreadEngine. ``reply`` is a text, ids, or a function of the prompt's ids giving either.
 
     ``delay_s`` passes before each token. After ``fails_after`` tokens it raises ``error``. ``opened`` and ``closed``
     count streams. ``hold`` makes it wait before the first token.
