@@ -46,6 +46,7 @@ class Admission:
     """Hands requests to the engine as long as not too many wait there; one per server, in its event loop."""
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        self.tokenizer = engine.tokenizer
         self.waiting = self.waiting_tokens = 0
         self.throughput = Throughput()
         self._engine = engine
