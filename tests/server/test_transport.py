@@ -131,6 +131,21 @@ def test_a_body_that_drips_is_a_408(address: str) -> None:
     assert b"request_read_timeout" in found
 
 
+def test_a_client_that_is_still_sending_gets_its_answer(address: str) -> None:
+    """5 MiB, of which the server reads 4: the answer is there although nobody took the rest."""
+    start = head(
+        address, "content-type: application/json", "transfer-encoding: chunked", path="/tokenize", method="POST"
+    )
+    with connected(address) as connection:
+        connection.sendall(start)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(80):
+                connection.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        found = everything(connection)
+    assert found.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in found
+
+
 def test_tiny_chunks_are_a_body_like_any_other(address: str) -> None:
     start = head(
         address,

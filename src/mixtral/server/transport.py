@@ -6,8 +6,10 @@ import asyncio
 import json
 import resource
 import uuid
+from typing import Any
 
 import h11
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mixtral.server.config import ServerConfig
@@ -17,6 +19,7 @@ __all__ = ["HEAD_BYTES", "LimitedProtocol", "limited"]
 
 HEAD_BYTES = 32 * 1024
 _OWN_FILES = 48  # descriptors that are kept for everything but connections
+_LINGER_S = 1.0
 _TOLD = 16  # connections beyond the limit that get an answer
 _REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large", 503: b"Service Unavailable"}
 
@@ -32,6 +35,9 @@ class LimitedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection. One too many is told so as soon as it has sent something, far too many are just closed."""
         super().connection_made(transport)
+        # The cycles of this connection close it through this one too.
+        self.transport = _Patient(transport, self)  # type: ignore[assignment]
+        self.flow = FlowControl(self.transport)
         self._one_too_many = len(self.connections) > self.most_connections
         if len(self.connections) > self.most_connections + _TOLD:
             transport.abort()
@@ -59,6 +65,11 @@ class LimitedProtocol(H11Protocol):
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._wait_for_head()
 
+    def eof_received(self) -> None:
+        """The client sends no more; if it only was to read its answer, the connection ends."""
+        if self.transport.is_closing():
+            self.transport.abort()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection has ended."""
         self._stop_waiting()
@@ -72,6 +83,11 @@ class LimitedProtocol(H11Protocol):
             self._refuse(ApiError(431, "headers_too_large", message))
         else:
             self._refuse(None)
+
+    @property
+    def is_sent_to(self) -> bool:
+        """Whether the client is, or may be, in the middle of sending a request."""
+        return self.conn.their_state is h11.SEND_BODY or self._one_too_many
 
     def _wait_for_head(self) -> None:
         if self._head_timer is None:
@@ -100,6 +116,38 @@ class LimitedProtocol(H11Protocol):
         lines += [f"{name}: {value}".encode("ascii") for name, value in headers.items()]
         self.transport.write(b"\r\n".join([*lines, b"", body]))
         self.transport.close()
+
+
+class _Patient:
+    """A transport whose ``close`` first lets a client that is still sending read its answer.
+
+    Closing a socket with unread bytes resets the connection, and the client may lose the answer that tells it why. So
+    the writing side is closed, and for a short time what comes is thrown away.
+    """
+
+    def __init__(self, transport: asyncio.Transport, protocol: LimitedProtocol) -> None:
+        self._transport = transport
+        self._protocol = protocol
+        self._closing = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether no more is sent or read."""
+        return self._closing or self._transport.is_closing()
+
+    def close(self) -> None:
+        """Send what is left and close, now or a little later."""
+        if self.is_closing():
+            return
+        self._closing = True
+        if self._protocol.is_sent_to and self._transport.can_write_eof():
+            self._transport.write_eof()
+            self._transport.resume_reading()
+            self._protocol.loop.call_later(_LINGER_S, self._transport.close)
+        else:
+            self._transport.close()
 
 
 def limited(config: ServerConfig) -> type[LimitedProtocol]:
