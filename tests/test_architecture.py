@@ -54,7 +54,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
 }
 FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
-OTHER_PART_LINES = {"tokenizer": 1000, "quant": 2800, "weights": 3400}  # ten layouts and their checks
+OTHER_PART_LINES = {"tokenizer": 1200, "quant": 2800, "weights": 3400}  # ten layouts and their checks
 MAY_PRINT = ("cli/output.py",)
 MAY_READ_ENVIRONMENT = ("ops/native.py", "parallel/mesh.py", "parallel/ray.py", "bench/peers.py")
 MAY_NAME_CUDA = ("ops/cuda.py", "ops/triton.py", "engine/graphs.py", "parallel/mesh.py", "offload/store.py")

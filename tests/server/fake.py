@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+from mixtral.errors import RequestError
 from mixtral.server import Server, ServerConfig, ThreadEngine
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import Candidate, Done, SamplingParams, Started, Submit, TokenEvent, Tokens, Update
+from mixtral.wire import (
+    Candidate,
+    Constraint,
+    Done,
+    PromptScores,
+    PromptToken,
+    Routing,
+    SamplingParams,
+    Started,
+    Submit,
+    TokenEvent,
+    Tokens,
+    Update,
+)
 
 CONTEXT = 512
 MESSAGES = [{"role": "user", "content": "When does breakfast start?"}]
@@ -17,7 +34,7 @@ CALL = '[{"name": "get_hours", "arguments": {"place": "Castle"}}]'
 
 
 class FakeEngine:
-    """A source for the server's ThreadEngine. ``reply`` is a text, ids, or a function of the prompt giving either.
+    """A source for ThreadEngine. ``reply`` is a text, ids, or a function of the prompt's ids giving either.
 
     ``delay_s`` passes before each token. After ``fails_after`` tokens it raises ``error``. ``opened`` and ``closed``
     count streams. ``hold`` makes it wait before the first token.
@@ -40,6 +57,7 @@ class FakeEngine:
         self.vocab_size = self.tokenizer.vocab_size
         self.cache_tokens, self.layers, self.experts, self.fingerprint = 10**6, 4, 8, "fp_fake"
         self.reply = reply
+        self.cached = 0
         self.delay_s = delay_s
         self.fails_after = fails_after
         self.error = error or RuntimeError("secret detail /root/weights")
@@ -55,40 +73,95 @@ class FakeEngine:
             self.submits.append(submit)
             self.prompts.extend(list(prompt) for prompt in submit.prompts)
             self.params.append(submit.params)
-            yield Started(request=submit.request, cached=(0,) * len(submit.prompts))
+            yield Started(request=submit.request, cached=(self.cached,) * len(submit.prompts))
             if self.hold is not None and not self.hold.wait(timeout=20):
                 raise TimeoutError("nobody let the fake engine go on")
+            if submit.params.prompt_logprobs is not None:
+                yield from self._scores(submit)
             answers = [self._ids(prompt) for prompt in submit.prompts for _ in range(submit.n)]
-            for event in self._events(answers, submit.params):
+            for event in self._events(submit, answers):
                 yield Tokens(request=submit.request, events=[event])
             yield Done(request=submit.request)
         finally:
             self.closed += 1
 
+    def _scores(self, submit: Submit) -> Iterator[Update]:
+        count = submit.params.prompt_logprobs or 0
+        for place, prompt in enumerate(submit.prompts):
+            tokens = [
+                PromptToken(id=id, logprob=-1.5 if at else None, top=self._top(id, count) if at else ())
+                for at, id in enumerate(prompt)
+            ]
+            yield PromptScores(request=submit.request, prompt=place, tokens=tokens)
+
     def _ids(self, prompt: Sequence[int]) -> list[int]:
         reply = self.reply(prompt) if callable(self.reply) else self.reply
         return self.tokenizer.encode(reply, eos=True) if isinstance(reply, str) else list(reply)
 
-    def _events(self, answers: list[list[int]], params: SamplingParams) -> Iterator[TokenEvent]:
-        for step in range(params.max_tokens):
+    def _events(self, submit: Submit, answers: list[list[int]]) -> Iterator[TokenEvent]:
+        for step in range(submit.params.max_tokens):
             for sequence, ids in enumerate(answers):
                 if step >= len(ids):
                     continue
                 if self.fails_after is not None and self.tokens >= self.fails_after:
                     raise self.error
-                time.sleep(self.delay_s)
+                if self.delay_s:
+                    time.sleep(self.delay_s)
                 self.tokens += 1
-                yield self._event(sequence, ids[step], params, last=step + 1 == params.max_tokens)
+                yield self._event(submit, sequence, step, ids[step])
 
-    def _event(self, sequence: int, id: int, params: SamplingParams, *, last: bool) -> TokenEvent:
-        top = tuple(Candidate((id + n) % self.vocab_size, -0.5 - n) for n in range(params.logprobs or 0))
+    def _event(self, submit: Submit, sequence: int, step: int, id: int) -> TokenEvent:
+        params, prompt = submit.params, submit.prompts[sequence // submit.n]
+        last = step + 1 == params.max_tokens
+        routing = None
+        if submit.routing:
+            first = len(prompt) + step - 1 if step else 0 if submit.routing_prompt else len(prompt)
+            routing = self.routing(first, len(prompt) + step - first)
         return TokenEvent(
             sequence=sequence,
             id=id,
             logprob=None if params.logprobs is None else -0.5,
-            top=top,
+            top=self._top(id, params.logprobs or 0),
             finish_reason="stop" if id in (params.stop_ids or (2,)) else "length" if last else None,
+            routing=routing if routing is not None and routing.experts else None,
         )
+
+    def routing(self, first: int, tokens: int) -> Routing:
+        """Experts that tell position and layer."""
+        places = [(first + token, layer) for token in range(tokens) for layer in range(self.layers)]
+        experts = bytes((place + layer + each) % self.experts for place, layer in places for each in range(2))
+        weights = b"".join(struct.pack("<ee", 0.5 + layer / 16, 0.5 - layer / 16) for _, layer in places)
+        return Routing(first=first, experts=experts, weights=weights)
+
+    def _top(self, id: int, count: int) -> tuple[Candidate, ...]:
+        return tuple(Candidate((id + n) % self.vocab_size, -0.5 - n) for n in range(count))
+
+
+class FakeGrammar:
+    """Grammars that are only written down; ``error`` is raised instead, by the method called ``fails``."""
+
+    def __init__(self) -> None:
+        self.fails = ""
+        self.error: Exception = RequestError("no", param="response_format", code="schema_unsupported")
+        self.tried: list[Constraint] = []
+        self.trial_s = 0.0
+
+    def text_constraint(self, response_format: Mapping[str, Any]) -> str:
+        self._fail("text_constraint")
+        return json.dumps(response_format)
+
+    def calls_constraint(self, tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> str:
+        self._fail("calls_constraint")
+        return json.dumps({"names": [tool["function"]["name"] for tool in tools], "name": name, "parallel": parallel})
+
+    def trial(self, constraint: Constraint) -> None:
+        self.tried.append(constraint)
+        time.sleep(self.trial_s)
+        self._fail("trial")
+
+    def _fail(self, method: str) -> None:
+        if self.fails == method:
+            raise self.error
 
 
 def calling(tokenizer: Tokenizer, text: str = CALL) -> list[int]:
@@ -97,7 +170,9 @@ def calling(tokenizer: Tokenizer, text: str = CALL) -> list[int]:
 
 
 @contextlib.contextmanager
-def listening(engine: FakeEngine, config: ServerConfig | None = None) -> Iterator[str]:
+def listening(
+    engine: FakeEngine, config: ServerConfig | None = None, grammar: FakeGrammar | None = None
+) -> Iterator[str]:
     """A real server on a free loopback port, in a thread; gives its address and stops it at the end."""
     ready = threading.Event()
     addresses: list[str] = []
@@ -107,7 +182,7 @@ def listening(engine: FakeEngine, config: ServerConfig | None = None) -> Iterato
         ready.set()
 
     config = config or ServerConfig(port=0, drain_s=1.0)
-    server = Server(ThreadEngine(engine, config), config, on_ready)
+    server = Server(ThreadEngine(engine, config), config, on_ready, grammar=grammar)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

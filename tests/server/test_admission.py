@@ -206,17 +206,6 @@ def test_a_request_that_takes_too_long_ends(engine: FakeEngine) -> None:
         wait_until(lambda: engine.closed == 2)
 
 
-def test_too_many_open_requests_are_refused(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
-    with listening(engine, ServerConfig(port=0, open_requests=2)) as address:
-        asked = [pool.submit(post, address) for _ in range(2)]
-        wait_until(lambda: engine.opened == 1)
-        time.sleep(0.1)
-        check_error(httpx.get(address + "/health"), 503, "too_many_connections", None)
-        release(engine)
-        assert [each.result().status_code for each in asked] == [200, 200]
-        assert httpx.get(address + "/health").status_code == 200
-
-
 def test_a_stopping_server_finishes_what_it_has(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
     with listening(engine, ServerConfig(port=0, drain_s=20)) as address:
         asked = [pool.submit(post, address, stream=stream) for stream in (True, False)]

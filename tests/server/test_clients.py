@@ -105,8 +105,8 @@ def test_completions(client: openai.OpenAI) -> None:
 
 def test_errors_have_their_types(client: openai.OpenAI, engine: FakeEngine) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="fake", messages=MESSAGES, n=3)
-    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "n")
+        client.chat.completions.create(model="fake", messages=MESSAGES, store=True)
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "store")
     engine.fails_after = engine.tokens + 2
     stream = client.chat.completions.create(model="fake", messages=MESSAGES, stream=True)
     with pytest.raises(openai.APIError) as failed:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine, Run
 from mixtral.server.errors import ApiError, overloaded
+from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Started, Submit, Tokens, Update
 
 __all__ = ["Admission", "AdmittedRun", "Throughput"]
@@ -50,6 +51,11 @@ class Admission:
         self.throughput = Throughput()
         self._engine = engine
         self._config = config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The engine's."""
+        return self._engine.tokenizer
 
     @contextlib.asynccontextmanager
     async def run(self, submit: Submit) -> AsyncIterator[AdmittedRun]:

@@ -1,4 +1,4 @@
-"""Listening: one process, one event loop, loopback only, and an orderly end on SIGTERM or SIGINT."""
+"""Listening: one process, one event loop, its limits, and an orderly end on SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from mixtral.errors import ConfigError, MixtralError
 from mixtral.server.app import build
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine
+from mixtral.server.formats import Grammar
+from mixtral.server.transport import HEAD_BYTES, limited
 
 __all__ = ["Server", "serve"]
 
@@ -38,14 +40,21 @@ class Server(uvicorn.Server):
     ``http://127.0.0.1:8000``. ``stopped_by`` is the signal that ended it, ``fault`` what ended the engine, if one did.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig, on_ready: Callable[[str], None] | None = None) -> None:
-        app = build(engine, config)
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServerConfig,
+        on_ready: Callable[[str], None] | None = None,
+        *,
+        grammar: Grammar | None = None,
+    ) -> None:
+        app = build(engine, config, grammar=grammar)
         super().__init__(
             uvicorn.Config(
                 app,
                 host=config.host,
                 port=config.port,
-                http="h11",
+                http=limited(config),
                 ws="none",
                 backlog=_BACKLOG,
                 loop="asyncio",
@@ -54,8 +63,10 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=32 * 1024,
-                timeout_keep_alive=5,
+                h11_max_incomplete_event_size=HEAD_BYTES,
+                ssl_certfile=config.tls_cert,
+                ssl_keyfile=config.tls_key,
+                timeout_keep_alive=math.ceil(config.keep_alive_s),
                 timeout_graceful_shutdown=_LAST_S,
             )
         )
@@ -66,6 +77,8 @@ class Server(uvicorn.Server):
         self._full_since = -math.inf
         self._on_ready = on_ready
         self._drain_s = config.drain_s
+        self._keys = config.keys
+        self._scheme = "https" if config.tls_cert else "http"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop.
@@ -102,9 +115,10 @@ class Server(uvicorn.Server):
             self._give_up(error)
             return
         host, port = self.servers[0].sockets[0].getsockname()[:2]
+        name = f"[{host}]" if ":" in host else host
         try:
             if self._on_ready is not None:
-                self._on_ready(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
+                self._on_ready(f"{self._scheme}://{name}:{port}")
         except Exception:
             _log.exception("nobody could be told that the server is ready; it serves all the same")
         self._give_up(await self._engine.until_ended())
@@ -133,6 +147,7 @@ class Server(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._reload_keys)
         try:
             yield
         finally:
@@ -145,15 +160,32 @@ class Server(uvicorn.Server):
         self.stopped_by = number
         self.should_exit = True
 
+    def _reload_keys(self, number: int, frame: object) -> None:
+        """Read the key file again; a file that cannot be used changes nothing."""
+        if self._keys is None:
+            return
+        try:
+            self._keys.reload()
+        except ConfigError as error:
+            _log.error("the API keys stay as they were: %s", error)
+        else:
+            _log.info("the API keys were read again")
 
-def serve(engine: Engine, config: ServerConfig, *, on_ready: Callable[[str], None] | None = None) -> None:
+
+def serve(
+    engine: Engine,
+    config: ServerConfig,
+    *,
+    on_ready: Callable[[str], None] | None = None,
+    grammar: Grammar | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; the second signal does not wait for running requests.
 
     Raises:
         ConfigError: the address is in use or cannot be bound, or the engine cannot be started as it was told.
         EngineError: the engine ended too often.
     """
-    Server(engine, config, on_ready).run()
+    Server(engine, config, on_ready, grammar=grammar).run()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from mixtral.server.engine import Engine
-from mixtral.server.metrics import CONTENT_TYPE, Metrics
+from mixtral.server.metrics import CONTENT_TYPE
 
 __all__ = ["Status"]
 
@@ -18,9 +18,8 @@ _RETRY = {"retry-after": "1"}
 class Status:
     """The handlers; ``table`` lists method, path and handler. None of them waits for the engine."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._metrics = metrics
 
     def table(self) -> list[tuple[str, str, Callable[..., Any]]]:
         """All routes."""
@@ -46,4 +45,4 @@ class Status:
 
     async def metrics(self) -> Response:
         """Everything that was counted."""
-        return Response(self._metrics.text(), headers={"content-type": CONTENT_TYPE})
+        return Response(self._engine.metrics.text(), headers={"content-type": CONTENT_TYPE})
