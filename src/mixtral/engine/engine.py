@@ -145,6 +145,8 @@ class Engine:
     def abort(self, request: str, sequence: int | None = None) -> None:
         """Forget a request, or one of its sequences; its pages are free at once. See ``wire.Abort``."""
         found = self._open.get(request)
+        if sequence is None:
+            self._early = [update for update in self._early if update.request != request]
         if found is None:
             return
         sequences = found.request.sequences

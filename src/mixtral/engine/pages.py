@@ -269,8 +269,8 @@ class PageAllocator:
 
     def check_integrity(self) -> None:
         """Raise if a page is lost, owned twice, or counted wrongly. For tests and for idle moments."""
-        for problem in self._problems():
-            raise RuntimeError(problem)
+        if problems := list(self._problems()):
+            raise RuntimeError("; ".join(problems))
 
     def _problems(self) -> Iterator[str]:
         used = Counter(page for owner in self._owners.values() for page in owner.table)
