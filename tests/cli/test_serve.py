@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from mixtral.cli import main
-from mixtral.cli.serve import _FOREIGN, read_bytes
+from mixtral.cli.serve import _FOREIGN
+from mixtral.cli.serving import read_bytes
 from mixtral.errors import ConfigError
 
 SERVER = Path(__file__).resolve().parents[1] / "server"
@@ -89,6 +90,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_2() -> None:
         assert process.stderr.read() == "mixtral: error: there is no model 'broken'\n"
 
 
+@pytest.mark.slow
 def test_an_engine_that_ends_again_and_again_is_exit_code_70() -> None:
     with start("--model", "steps") as process:
         assert process.stderr is not None

@@ -87,6 +87,7 @@ def test_what_does_not_finish_gets_an_error_that_says_so(how: str, pool: ThreadP
         check_gone(process, engines, 0)
 
 
+@pytest.mark.slow
 def test_a_reader_that_stands_still_does_not_hold_up_the_end() -> None:
     with program(config={"drain_s": 0.2}) as (address, process):
         place = urlsplit(address)
@@ -135,6 +136,7 @@ def test_an_engine_leaves_no_core_file_and_gains_no_rights() -> None:
         assert core.split()[4:6] == ["0", "0"]
 
 
+@pytest.mark.slow
 def test_a_server_without_files_left_refuses_and_recovers() -> None:
     with program(files=40) as (address, process):
         (engine,) = children(process.pid)
@@ -160,6 +162,7 @@ def _status(address: str, path: str) -> int:
         return 0
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_changes_nothing(pool: ThreadPoolExecutor) -> None:
     """Once onto a full device, once into a pipe that nobody reads, once into one that is closed."""
     with open("/dev/full", "w") as full, program(stderr=full) as (address, _):

@@ -109,6 +109,7 @@ def test_a_client_that_leaves_the_queue_never_reaches_a_slot() -> None:
         assert beat.stats.prompt_tokens == 1
 
 
+@pytest.mark.slow
 def test_readers_that_read_nothing_cost_little_and_delay_nobody(pool: ThreadPoolExecutor) -> None:
     config = ServerConfig(port=0, drain_s=1.0, stall_timeout_s=1.0, buffer_bytes=64 * 1024)
     with serving(spawn(0.002, slots=16), config) as (address, client, _), contextlib.ExitStack() as stack:
@@ -127,6 +128,7 @@ def test_readers_that_read_nothing_cost_little_and_delay_nobody(pool: ThreadPool
         assert sample(address, "mixtral_aborted_total") == 6
 
 
+@pytest.mark.slow
 def test_far_too_much_is_refused_at_the_door_and_the_rest_is_answered(pool: ThreadPoolExecutor) -> None:
     config = ServerConfig(port=0, drain_s=1.0, queue_size=4)
     with serving(spawn(0.01, slots=2), config) as (address, client, _):

@@ -18,6 +18,14 @@ from mixtral.cli.generate import (
     ReferenceOption,
     ThreadsOption,
 )
+from mixtral.cli.serving import (
+    CacheMemoryOption,
+    ContextOption,
+    SequencesOption,
+    ServedNameOption,
+    StepTokensOption,
+    start_of,
+)
 
 __all__ = ["run"]
 
@@ -25,23 +33,16 @@ _NOTE_S = 10.0
 
 
 def run(
+    context: typer.Context,
     requests: Annotated[Path, typer.Argument(help="File with one request per line, in OpenAI's batch format.")],
     answers: Annotated[Path, typer.Argument(help="File for the answers; an interrupted run goes on with it.")],
     errors: Annotated[Path, typer.Option(help="File for what could not be answered.")],
     model: ModelOption = "embedded",
-    served_model_name: Annotated[
-        str | None, typer.Option("--served-model-name", help="Name in the requests; default: that of the model.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", help="Tokens of prompt and answer; default: the model's context.")
-    ] = None,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Answers that are written at once.")] = 64,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option("--max-num-batched-tokens", help="Tokens that one step computes.")
-    ] = 512,
-    kv_cache_memory: Annotated[
-        str | None, typer.Option("--kv-cache-memory", help="For keys and values, such as 4G.")
-    ] = None,
+    served_model_name: ServedNameOption = None,
+    max_model_len: ContextOption = None,
+    max_num_seqs: SequencesOption = 64,
+    max_num_batched_tokens: StepTokensOption = 512,
+    kv_cache_memory: CacheMemoryOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
@@ -51,26 +52,11 @@ def run(
 ) -> None:
     """Answer a file of requests; a run that was interrupted goes on where it was."""
     from mixtral.build import build_engine
-    from mixtral.cli.serve import read_bytes
     from mixtral.engine.loop import EngineThread
     from mixtral.server import Client, ServerConfig
     from mixtral.server.batch import BatchFiles, run_batch
-    from mixtral.wire import Start
 
-    start = Start(
-        model=model,
-        name=served_model_name,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        decode=decode,
-        reference=reference,
-        kv_dtype=kv_cache_dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        cache_bytes=None if kv_cache_memory is None else read_bytes("--kv-cache-memory", kv_cache_memory),
-    )
+    start = start_of(context.params)
     files = BatchFiles(requests, answers, errors)
     # An engine in this process that failed is not built again: the next run goes on instead.
     engine = Client(lambda: EngineThread(lambda: build_engine(start)), ServerConfig(engine_deaths=1))

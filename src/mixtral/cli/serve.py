@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
@@ -17,10 +16,28 @@ from mixtral.cli.generate import (
     ReferenceOption,
     ThreadsOption,
 )
+from mixtral.cli.serving import (
+    CacheMemoryOption,
+    ContextOption,
+    SequencesOption,
+    ServedNameOption,
+    StepTokensOption,
+    start_of,
+)
 from mixtral.errors import ConfigError
 
-__all__ = ["CONTEXT", "read_bytes", "run"]
+__all__ = ["CONTEXT", "run"]
 
+# Options -> fields of ServerConfig.
+_CONFIG = {
+    "host": "host",
+    "port": "port",
+    "queue_size": "queue_size",
+    "queue_timeout": "queue_timeout_s",
+    "request_timeout": "request_timeout_s",
+    "drain_timeout": "drain_s",
+    "stall_timeout": "engine_stall_s",
+}
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Options of other servers that mean nothing here -> what to do instead.
 _FOREIGN = {
@@ -45,53 +62,49 @@ _FOREIGN = {
     "--tool-call-parser": "function calls are read as the tokenizer defines them; leave it out",
     "--trust-remote-code": "no code of a model folder is ever run; leave it out",
 }
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+PortOption = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
+AllowedHostOption = Annotated[
+    list[str] | None, typer.Option("--allowed-host", help="Name that a proxy in front uses; may be repeated.")
+]
+PrefixOption = Annotated[
+    bool,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse what equal beginnings of prompts share."
+    ),
+]
+RanksOption = Annotated[int, typer.Option("--tensor-parallel-size", help="Devices that share each layer; 1.")]
+ShareOption = Annotated[float | None, typer.Option("--gpu-memory-utilization", help="Refused: see --kv-cache-memory.")]
+QueueOption = Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")]
+QueueTimeOption = Annotated[float, typer.Option("--queue-timeout", help="Seconds that a request may wait.")]
+RequestTimeOption = Annotated[float, typer.Option("--request-timeout", help="Seconds for a whole answer.")]
+DrainOption = Annotated[float, typer.Option("--drain-timeout", help="Seconds that running requests get after SIGTERM.")]
+StallOption = Annotated[
+    float, typer.Option("--stall-timeout", help="Seconds after which an engine that stands still is restarted.")
+]
+LogOption = Annotated[str, typer.Option("--log-format", help="text or json.")]
 
 
 def run(
     context: typer.Context,
     model: ModelOption = "embedded",
     host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    served_model_name: Annotated[
-        str | None, typer.Option("--served-model-name", help="Name in the API; default: that of the model.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option("--allowed-host", help="Name that a proxy in front uses; may be repeated.")
-    ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", help="Tokens of prompt and answer; default: the model's context.")
-    ] = None,
-    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", help="Answers that are written at once.")] = 64,
-    max_num_batched_tokens: Annotated[
-        int, typer.Option("--max-num-batched-tokens", help="Tokens that one step computes.")
-    ] = 512,
-    kv_cache_memory: Annotated[
-        str | None,
-        typer.Option("--kv-cache-memory", help="For keys and values, such as 4G; default: what four contexts need."),
-    ] = None,
-    prefix_caching: Annotated[
-        bool,
-        typer.Option(
-            "--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse what equal beginnings of prompts share."
-        ),
-    ] = True,
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", help="Devices that share each layer; 1.")
-    ] = 1,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option("--gpu-memory-utilization", help="Refused: see --kv-cache-memory.")
-    ] = None,
-    queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")] = 128,
-    queue_timeout: Annotated[float, typer.Option("--queue-timeout", help="Seconds that a request may wait.")] = 60.0,
-    request_timeout: Annotated[float, typer.Option("--request-timeout", help="Seconds for a whole answer.")] = 3600.0,
-    drain_timeout: Annotated[
-        float, typer.Option("--drain-timeout", help="Seconds that running requests get after SIGTERM.")
-    ] = 30.0,
-    stall_timeout: Annotated[
-        float, typer.Option("--stall-timeout", help="Seconds after which an engine that stands still is restarted.")
-    ] = 60.0,
-    log_format: Annotated[str, typer.Option("--log-format", help="text or json.")] = "text",
+    port: PortOption = 8000,
+    served_model_name: ServedNameOption = None,
+    allowed_host: AllowedHostOption = None,
+    max_model_len: ContextOption = None,
+    max_num_seqs: SequencesOption = 64,
+    max_num_batched_tokens: StepTokensOption = 512,
+    kv_cache_memory: CacheMemoryOption = None,
+    enable_prefix_caching: PrefixOption = True,
+    tensor_parallel_size: RanksOption = 1,
+    gpu_memory_utilization: ShareOption = None,
+    queue_size: QueueOption = 128,
+    queue_timeout: QueueTimeOption = 60.0,
+    request_timeout: RequestTimeOption = 3600.0,
+    drain_timeout: DrainOption = 30.0,
+    stall_timeout: StallOption = 60.0,
+    log_format: LogOption = "text",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
@@ -102,53 +115,17 @@ def run(
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""
     from mixtral import log
     from mixtral.server import Client, ServerConfig, process, serve
-    from mixtral.wire import Start
 
     _refuse(context, tensor_parallel_size, gpu_memory_utilization)
-    config = ServerConfig(
-        host=host,
-        port=port,
-        allowed_hosts=tuple(allowed_host or ()),
-        queue_size=queue_size,
-        queue_timeout_s=queue_timeout,
-        request_timeout_s=request_timeout,
-        drain_s=drain_timeout,
-        engine_stall_s=stall_timeout,
-    )
-    if log_format not in ("text", "json"):
-        raise ConfigError(f"--log-format is {log_format!r}; expected text or json", param="log_format")
     lines: log.Format = "json" if log_format == "json" else "text"
-    start = Start(
-        model=model,
-        name=served_model_name,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        decode=decode,
-        reference=reference,
-        kv_dtype=kv_cache_dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        cache_bytes=None if kv_cache_memory is None else read_bytes("--kv-cache-memory", kv_cache_memory),
-        prefix_cache=prefix_caching,
-        log=lines,
-    )
+    if log_format != lines:
+        raise ConfigError(f"--log-format is {log_format!r}; expected text or json", param="log_format")
+    options = {field: context.params[option] for option, field in _CONFIG.items()}
+    config = ServerConfig(allowed_hosts=tuple(allowed_host or ()), **options)
+    start = start_of(context.params, log=lines)
     client = Client(process(start), config)
     with log.started(lines):
         serve(client, config, on_ready=lambda url: output.note(f"{client.name} is ready: {url} (Ctrl-C stops)"))
-
-
-def read_bytes(option: str, text: str) -> int:
-    """A size such as ``4G``, ``512MiB`` or a plain number of bytes; units are powers of 1024.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    match = re.fullmatch(r"([0-9]{1,15})\s?([kmgt]?)(?:i?b)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ConfigError(f"{option} is {text!r}; expected a size such as 4G or 512M", param=option)
-    return int(match[1]) * _UNITS[match[2].lower()]
 
 
 def _refuse(context: typer.Context, ranks: int, share: float | None) -> None:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from mixtral import faults
 from mixtral.errors import CapacityError
 
 __all__ = ["PAGE_SIZE", "PageAllocator", "digest", "pages_for"]
@@ -124,7 +125,7 @@ class PageAllocator:
         """
         if owner in self._owners:
             raise RuntimeError(f"sequence {owner} has pages already")
-        if self.needed(shared, tokens) > self.available:
+        if self.needed(shared, tokens) > self.available or faults.fails("page"):
             raise self._full(tokens, self.needed(shared, tokens))
         found = _Owner(scope, list(shared), private=not self.caching)
         for page in shared:

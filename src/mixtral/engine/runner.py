@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mixtral import faults
 from mixtral.engine.pages import PageAllocator
 from mixtral.engine.scheduler import Piece
 from mixtral.model.batch import Batch, Cache
@@ -34,15 +35,20 @@ class StepResult:
         self._weights_LTA: Floats | None = None
         self.starts: list[int] = []  # of each piece among the T tokens
         rows: list[int] = []
+        poisoned: list[int] = []  # on purpose, in tests
         total = 0
         for piece in pieces:
             self.starts.append(total)
             total += piece.count + len(piece.drafts)
             if piece.samples and piece.sequence.request.submit.params.max_tokens:
+                if faults.poisons(piece.sequence.request.submit.prompts[piece.sequence.prompt]):
+                    poisoned.extend(range(len(rows), len(rows) + 1 + len(piece.drafts)))
                 rows.extend(range(total - 1 - len(piece.drafts), total))
         self.rows = len(rows)
         wanted_ND = hidden_TD if len(rows) == total else hidden_TD[rows]
         self.logits_NV: Floats = _host(model.logits(wanted_ND)) if rows else np.empty((0, 0), np.float32)
+        if poisoned:
+            self.logits_NV[poisoned] = np.nan
 
     @property
     def picks_LTA(self) -> npt.NDArray[np.int64]:
@@ -83,6 +89,8 @@ class Runner:
     def run(self, pieces: Sequence[Piece]) -> StepResult:
         """Run the model over the tokens of all pieces and their drafts, whose pages are there."""
         if self._cache is None:
+            if faults.fails("alloc"):
+                raise MemoryError("alloc: a failpoint")
             self._cache = self.model.new_cache(self._pages.total)
         if dirty := self._pages.take_dirty():
             self._cache.clear(dirty)

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mixtral import faults
 from mixtral.engine.request import Sequence
 from mixtral.engine.sampling import Choice, History, NoTokenError, choose, is_greedy, needs_history
 from mixtral.engine.speculate import Drafter
@@ -126,6 +127,8 @@ class Sampler:
                 if self._grammar is None:
                     raise GrammarError("this engine has no grammars")
                 self._matcher = self._grammar.matcher(self._constraint)
+            if faults.matchers_fail():
+                raise GrammarError("a failpoint")
             self._matcher.mask(self._mask)
         except Exception as error:
             raise _failed(error) from error

@@ -24,6 +24,7 @@ def document(engine: Engine, *, keys: bool) -> Schema:
     paths = {
         "/health": _get("whether the engine lives", {"type": "object"}, failing=True),
         "/ready": _get("whether requests are taken now", {"type": "object"}, failing=True),
+        "/metrics": _get("what was counted", {"type": "string"}, keys=keys, media_type="text/plain"),
         "/openapi.json": _get("this document", {"type": "object"}, keys=keys),
         "/v1/models": _get("all models", _object({"object": {"const": "list"}, "data": _list(MODEL)}), keys=keys),
         "/v1/models/{name}": _get("one model", MODEL, keys=keys, name=engine.name),
@@ -256,8 +257,16 @@ def _answers(good: Schema, *codes: int, keys: bool) -> Schema:
     return {"200": {"description": "done", "content": good}} | described
 
 
-def _get(about: str, answer: Schema, *, keys: bool = False, failing: bool = False, name: str | None = None) -> Schema:
-    content = {_JSON: {"schema": answer}}
+def _get(
+    about: str,
+    answer: Schema,
+    *,
+    keys: bool = False,
+    failing: bool = False,
+    name: str | None = None,
+    media_type: str = _JSON,
+) -> Schema:
+    content = {media_type: {"schema": answer}}
     codes = (404, 405, 421) if name is not None else (405, 421)
     made: Schema = {"summary": about, "responses": _answers(content, *codes, keys=keys)}
     if failing:
