@@ -38,10 +38,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "files": ({"ops", "quant"}, {"torch", "numpy"}),
     "weights": ({"model", "ops", "quant", "files"}, {"torch", "numpy", "safetensors"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy", "msgspec"}),
-    "server": (
-        {"wire", "tokenizer"},
-        {"fastapi", "starlette", "uvicorn", "pydantic", "msgspec", "prometheus_client", "h11"},
-    ),
+    "server": ({"wire", "tokenizer"}, {"fastapi", "starlette", "uvicorn", "h11", "msgspec", "prometheus_client"}),
     "train": ({"model", "ops", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
     "results": ({"tokenizer", "wire"}, set()),

@@ -162,7 +162,7 @@ PARTS: dict[str, Limit] = {
     "response_format.json_schema.name": Limit(kind="string", low=1, high=64, about="letters, digits, `_`, `-`"),
     "response_format.regex": Limit(kind="string", low=1, high=4096),
     "response_format.grammar.definition": Limit(kind="string", low=1, high=32_768),
-    "response_format.choice": Limit(kind="list", low=1, high=1024),
+    "response_format.choice": Limit(kind="list", low=1, high=1024, about="different texts"),
     "response_format.choice[]": Limit(kind="string", low=1, high=4096),
     "mixtral.routing": Limit(kind="string", values=("none", "counts", "experts", "weights"), default="none"),
     "mixtral.routing (tokens of a request)": Limit(kind="integer", high=8192, about="for experts and weights"),

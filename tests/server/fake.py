@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mixtral.errors import RequestError
@@ -15,7 +16,6 @@ from mixtral.server import Server, ServerConfig, ThreadEngine
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import (
     Candidate,
-    Constraint,
     Done,
     PromptScores,
     PromptToken,
@@ -137,27 +137,33 @@ class FakeEngine:
         return tuple(Candidate((id + n) % self.vocab_size, -0.5 - n) for n in range(count))
 
 
+@dataclass(frozen=True)
+class FakeSource:
+    text: str
+
+
 class FakeGrammar:
     """Grammars that are only written down; ``error`` is raised instead, by the method called ``fails``."""
 
     def __init__(self) -> None:
         self.fails = ""
         self.error: Exception = RequestError("no", param="response_format", code="schema_unsupported")
-        self.tried: list[Constraint] = []
+        self.tried: list[str] = []
         self.trial_s = 0.0
 
-    def text_constraint(self, response_format: Mapping[str, Any]) -> str:
+    def text_constraint(self, response_format: Mapping[str, Any]) -> FakeSource:
         self._fail("text_constraint")
-        return json.dumps(response_format)
+        return FakeSource(json.dumps(response_format))
 
-    def calls_constraint(self, tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> str:
+    def calls_constraint(self, tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> FakeSource:
         self._fail("calls_constraint")
-        return json.dumps({"names": [tool["function"]["name"] for tool in tools], "name": name, "parallel": parallel})
+        names = [tool["function"]["name"] for tool in tools]
+        return FakeSource(json.dumps({"names": names, "name": name, "parallel": parallel}))
 
-    def trial(self, constraint: Constraint) -> None:
-        self.tried.append(constraint)
+    def check(self, source: FakeSource) -> None:
+        self.tried.append(source.text)
         time.sleep(self.trial_s)
-        self._fail("trial")
+        self._fail("check")
 
     def _fail(self, method: str) -> None:
         if self.fails == method:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from checks import check_error
-from fake import MESSAGES, FakeEngine, FakeGrammar
+from fake import MESSAGES, FakeEngine, FakeGrammar, listening, wait_until
 
 from mixtral.errors import MixtralError
 from mixtral.server.errors import ApiError
@@ -69,13 +71,13 @@ def test_the_engine_is_told(
 ) -> None:
     assert chat(**fields).status_code == 200
     assert engine.submits[-1].constraint == expected
-    assert grammar.tried == ([expected] if expected.text or expected.calls else [])
+    assert grammar.tried == [text for text in (expected.text, expected.calls) if text is not None]
 
 
 @pytest.mark.parametrize("each", FORMATS, ids=lambda value: value["type"])
 def test_completions_have_formats_too(complete: Chat, engine: FakeEngine, each: dict[str, Any]) -> None:
     assert complete(response_format=each).status_code == 200
-    assert engine.submits[-1].constraint == Constraint(trigger=TRIGGER, text=json.dumps(each))
+    assert engine.submits[-1].constraint == Constraint(trigger=TRIGGER, text=json.dumps(each), continues=True)
     assert complete().status_code == 200
     assert engine.submits[-1].constraint is None  # raw text may hold any token
 
@@ -102,13 +104,13 @@ def test_v1_has_formats_but_no_calls(chat: Chat, engine: FakeEngine) -> None:
 def test_a_continued_message_does_not_become_a_call(chat: Chat, engine: FakeEngine) -> None:
     prefix = [*MESSAGES, {"role": "assistant", "content": "At", "prefix": True}]
     assert chat(tools=[TOOL], messages=prefix).status_code == 200
-    assert engine.submits[-1].constraint == Constraint(trigger=TRIGGER)
+    assert engine.submits[-1].constraint == Constraint(trigger=TRIGGER, continues=True)
 
 
 @pytest.mark.parametrize(
     "code", ["schema_invalid", "schema_unsupported", "regex_invalid", "grammar_invalid", "grammar_too_complex"]
 )
-@pytest.mark.parametrize("method", ["text_constraint", "calls_constraint", "trial"])
+@pytest.mark.parametrize("method", ["text_constraint", "calls_constraint", "check"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_grammar_refuses_is_a_400(
     chat: Chat, engine: FakeEngine, grammar: FakeGrammar, code: str, method: str, stream: bool
@@ -121,10 +123,30 @@ def test_what_the_grammar_refuses_is_a_400(
 
 
 def test_other_errors_of_the_grammar_stay_inside(chat: Chat, grammar: FakeGrammar) -> None:
-    grammar.fails, grammar.error = "trial", RuntimeError("secret")
+    grammar.fails, grammar.error = "check", RuntimeError("secret")
     response = chat(response_format=FORMATS[0])
     check_error(response, 500, "internal_error", None)
     assert "secret" not in response.text
+
+
+def test_a_grammar_that_has_no_time_is_a_503(chat: Chat, grammar: FakeGrammar) -> None:
+    grammar.fails, grammar.error = "check", MixtralError("busy", code="server_overloaded")
+    check_error(chat(response_format=FORMATS[0]), 503, "server_overloaded", None)
+
+
+def test_slow_trials_hold_up_nobody_else(engine: FakeEngine, grammar: FakeGrammar) -> None:
+    grammar.trial_s = 1.0
+    body = {"model": "fake", "messages": MESSAGES}
+    with listening(engine, grammar=grammar) as address, ThreadPoolExecutor(max_workers=12) as pool:
+        slow = [
+            pool.submit(httpx.post, f"{address}/v1/chat/completions", json={**body, "response_format": FORMATS[0]})
+            for _ in range(12)
+        ]
+        wait_until(lambda: len(grammar.tried) >= 8)
+        began = time.monotonic()
+        assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+        assert time.monotonic() - began < 0.8
+        assert [each.result().status_code for each in slow] == [200] * 12
 
 
 def test_without_a_grammar_nothing_is_promised() -> None:
@@ -138,4 +160,4 @@ def test_without_a_grammar_nothing_is_promised() -> None:
         with pytest.raises(ApiError, match="without constrained output") as caught:
             constraint(form, tokenizer, None, continues=False)
         assert (caught.value.code, caught.value.param) == ("unsupported_parameter", param)
-    assert constraint(Form(tools=[TOOL], choice="auto"), tokenizer, None, continues=False) is None
+    assert constraint(Form(tools=[TOOL], choice="auto"), tokenizer, None, continues=False) == (None, [])

@@ -22,6 +22,8 @@ NAMED_OTHER = {"type": "function", "function": {"name": "other"}}
 LONG_DESCRIPTION = {"type": "function", "function": {"name": "a", "description": "d" * 8193}}
 STRICT = "tools[0].function.strict"
 JSON = {"type": "json_object"}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+MANY_CALLS = {"role": "assistant", "tool_calls": [{**CALL, "id": f"{n:09}"} for n in range(129)]}
 PREFIX = [*MESSAGES, {"role": "assistant", "content": "At", "prefix": True}]
 BAD_NAME = {"type": "function", "function": {"name": "a b"}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]}]
@@ -54,6 +56,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": messages(content=5)}, "invalid_messages", "messages[0].content"),
     ({"messages": messages(name="Ann")}, "invalid_messages", "messages[0].name"),
     ({"messages": messages(weight=0)}, "unknown_parameter", "messages[0].weight"),
+    ({"messages": messages(content=[{"type": "text", "text": "a"}] * 257)}, "invalid_messages", "messages[0].content"),
+    ({"messages": [*MESSAGES, MANY_CALLS]}, "invalid_messages", "messages[1].tool_calls"),
     ({"messages": IMAGE}, "invalid_messages", "messages[0].content[0].type"),
     ({"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, "invalid_messages", "messages[1].role"),
     (

@@ -68,6 +68,8 @@ def as_api_error(error: Exception) -> ApiError:
     client = isinstance(error, RequestError | MessagesError | TokenizerError | CapacityError)
     if isinstance(error, MixtralError) and (client or error.code in _CLIENT_CODES):
         return ApiError(400, error.code, str(error), param=error.param)
+    if isinstance(error, MixtralError) and error.code == "server_overloaded":
+        return overloaded(error.code, str(error), retry_after_s=2)
     if isinstance(error, NumericalError):
         message = "the model produced a number that is not finite; this request was ended, others are not affected"
         return ApiError(500, error.code, message, headers=_NO_RETRY)

@@ -14,25 +14,32 @@ from mixtral.tokenizer import Tokenizer
 from mixtral.tokenizer.turns import read_tools
 from mixtral.wire import Constraint
 
-__all__ = ["Form", "Grammar", "constraint", "read_form", "read_response_format"]
+__all__ = ["Form", "Grammar", "Source", "constraint", "read_form", "read_response_format"]
 
 _TOOL_BYTES = int(PARTS["tools (bytes as JSON)"].high or 0)
 _CALLS = "[TOOL_CALLS]"
 
 
+class Source(Protocol):
+    """A grammar as text, not tried yet."""
+
+    @property
+    def text(self) -> str: ...
+
+
 class Grammar(Protocol):
     """Turns formats into grammars. Errors are MixtralErrors with a code such as ``schema_unsupported`` and a param."""
 
-    def text_constraint(self, response_format: Mapping[str, Any]) -> str:
-        """The grammar of a text; the format is checked as far as ``read_response_format`` does."""
+    def text_constraint(self, response_format: Mapping[str, Any]) -> Source | None:
+        """The grammar of a text; None where anything may be written."""
         ...
 
-    def calls_constraint(self, tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> str:
+    def calls_constraint(self, tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> Source:
         """The grammar of what follows ``[TOOL_CALLS]``: calls of any of ``tools``, or exactly one of ``name``."""
         ...
 
-    def trial(self, constraint: Constraint) -> None:
-        """Try its grammars out where nothing can be harmed; takes up to seconds. Raises if they cannot be used."""
+    def check(self, source: Any) -> None:
+        """Try a grammar out where nothing can be harmed; takes up to seconds. Raises if it cannot be used."""
         ...
 
 
@@ -87,6 +94,8 @@ def read_response_format(value: Any, path: str = "response_format") -> dict[str,
         part(detail, path, "response_format.choice")
         for place, word in enumerate(detail):
             part(word, f"{path}[{place}]", "response_format.choice[]")
+        if len(set(detail)) < len(detail):
+            raise ApiError(400, "invalid_value", f"{path} has a text twice; expected different ones", param=path)
     elif kind == "grammar":
         detail = members(detail, path, {"syntax", "definition"})
         if required(detail, "syntax", path) != "lark":
@@ -140,11 +149,13 @@ def _choice(value: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[str, str | 
     return "named", name
 
 
-def constraint(form: Form, tokenizer: Tokenizer, grammar: Grammar | None, *, continues: bool) -> Constraint | None:
-    """What the engine must keep to; None if the model may write anything. May take seconds.
+def constraint(
+    form: Form, tokenizer: Tokenizer, grammar: Grammar | None, *, continues: bool
+) -> tuple[Constraint | None, list[Source]]:
+    """What the engine must keep to (None: the model may write anything), and the grammars in it, to be tried first.
 
-    Without a Grammar nothing can be promised, so what needs one is refused; functions may be offered, and a call that
-    cannot be read is then an error of its request.
+    ``continues``: the answer goes on with other text. Without a Grammar nothing can be promised, so what needs one is
+    refused; functions may be offered, and a call that cannot be read is then an error of its request.
 
     Raises:
         ApiError, MixtralError: the form cannot be kept, or the Grammar refuses a schema, regex or grammar.
@@ -152,20 +163,31 @@ def constraint(form: Form, tokenizer: Tokenizer, grammar: Grammar | None, *, con
     if continues and form.choice in ("required", "named"):
         raise combination("tool_choice", "a message that is continued cannot become a function call")
     if grammar is None:
-        if form.text is not None or form.choice in ("required", "named") or not form.parallel:
-            param = "response_format" if form.text is not None else "tool_choice"
-            param = param if form.parallel or form.text is not None else "parallel_tool_calls"
-            message = f"{param}: this server was started without constrained output; leave it out"
-            raise ApiError(400, "unsupported_parameter", message, param=param)
-        return None
+        _refuse_promises(form)
+        return None, []
     text = None if form.text is None else grammar.text_constraint(form.text)
-    trigger = None if tokenizer.version == "v1" else tokenizer.control_id(_CALLS)
     calls = None
     if form.offers_calls and not continues:
         calls = grammar.calls_constraint(form.tools, name=form.name, parallel=form.parallel)
+    trigger = None if tokenizer.version == "v1" else tokenizer.control_id(_CALLS)
     if text is None and trigger is None:
-        return None
-    made = Constraint(text=text, calls=calls, trigger=trigger, forced=form.choice in ("required", "named"))
-    if text is not None or calls is not None:
-        grammar.trial(made)
-    return made
+        return None, []
+    made = Constraint(
+        text=None if text is None else text.text,
+        calls=None if calls is None else calls.text,
+        trigger=trigger,
+        forced=form.choice in ("required", "named"),
+        continues=continues,
+    )
+    return made, [source for source in (text, calls) if source is not None]
+
+
+def _refuse_promises(form: Form) -> None:
+    for asked, param in (
+        (form.text is not None, "response_format"),
+        (form.choice in ("required", "named"), "tool_choice"),
+        (not form.parallel, "parallel_tool_calls"),
+    ):
+        if asked:
+            message = f"{param}: this server was started without constrained output; leave it out"
+            raise ApiError(400, "unsupported_parameter", message, param=param)

@@ -216,6 +216,7 @@ def _formats() -> list[Schema]:
         "definition",
     )
     words = _bounded(PARTS["response_format.choice"]) | {"items": _part("response_format.choice[]")}
+    words["uniqueItems"] = True
     return [
         _open({"type": {"enum": ["text", "json_object"]}}, "type"),
         _open({"type": {"const": "json_schema"}, "json_schema": detail}, "type", "json_schema"),

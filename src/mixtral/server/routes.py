@@ -63,8 +63,9 @@ class Routes:
         self._config = config
         self._grammar = grammar
         self._created = int(time.time())
-        # Preparing a request may take seconds (a long text, the trial of a grammar); the event loop never waits for it.
+        # Preparing a request may take long; the event loop never waits for it.
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="mixtral-text")
+        self._trials = ThreadPoolExecutor(max_workers=16, thread_name_prefix="mixtral-trial")
         self._document: dict[str, Any] | None = None  # made when it is asked for: the model must be known
 
     def table(self) -> list[tuple[str, str, Callable[..., Any]]]:
@@ -81,7 +82,8 @@ class Routes:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._threads, self._trials):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def openapi(self) -> Response:
         """This interface as an OpenAPI document."""
@@ -126,6 +128,10 @@ class Routes:
         body = await read_json(request, self._config)
         holder = holder_of(request.scope)
         work, options = await self._in_thread(lambda: prepare(body, "" if holder is None else holder.name))
+        for source in work.sources:
+            if self._grammar is not None:
+                # Not among the threads for texts: others shall not wait for grammars that are slow to try.
+                await asyncio.get_running_loop().run_in_executor(self._trials, self._grammar.check, source)
         for user in options.users:
             digest = hashlib.sha256(user.encode()).hexdigest()[:16]
             _log.info("request %s: user %s", request.scope.get("mixtral.request_id"), digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import resource
 import uuid
 from typing import Any
@@ -155,7 +156,15 @@ def limited(config: ServerConfig) -> type[LimitedProtocol]:
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most = config.connections if files == resource.RLIM_INFINITY else min(config.connections, files - _OWN_FILES)
 
+    # Every stranger can send bytes that are no request; that is worth no line in the log.
+    log = logging.getLogger("mixtral.server.transport")
+    log.setLevel(logging.ERROR)
+
     class Configured(LimitedProtocol):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            self.logger = log
+
         header_timeout_s = config.header_timeout_s
         most_connections = max(most, 1)
 

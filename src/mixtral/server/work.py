@@ -14,13 +14,13 @@ from mixtral.server.answer import Answer, Piece, echo, joined
 from mixtral.server.engine import Engine
 from mixtral.server.errors import ApiError
 from mixtral.server.fields import combination
-from mixtral.server.formats import Grammar, constraint
+from mixtral.server.formats import Grammar, Source, constraint
 from mixtral.server.protocol import ChatRequest, CompletionRequest, Options
 from mixtral.server.replies import ChatReply, CompletionReply, Reply, usage
 from mixtral.server.routing import Collected
 from mixtral.server.sse import DONE, WAIT, frame
 from mixtral.tokenizer import encode_chat
-from mixtral.wire import Done, PromptScores, PromptToken, SamplingParams, Started, Submit, Tokens
+from mixtral.wire import Constraint, Done, PromptScores, PromptToken, SamplingParams, Started, Submit, Tokens
 
 __all__ = ["Work", "collect", "prepare_chat", "prepare_completion", "stream"]
 
@@ -32,11 +32,12 @@ _COMPLETION_TOKENS = 16
 class Work:
     """A request that is ready for the engine: a message for it, and one growing answer per sequence.
 
-    ``echoes`` are prompts that come first in their answers; ``scores`` collects their tokens. ``charge`` is told of
-    tokens as they are read and made.
+    ``sources`` are grammars that must be tried before. ``echoes`` are prompts that come first in their answers;
+    ``scores`` collects their tokens. ``charge`` is told of tokens as they are read and made.
     """
 
     submit: Submit
+    sources: list[Source]
     answers: list[Answer]
     reply: Reply
     routing: Collected
@@ -58,12 +59,13 @@ def prepare_chat(engine: Engine, request: ChatRequest, grammar: Grammar | None, 
     room = min(engine.context, engine.cache_tokens) - len(ids)
     params = _params(engine, options, [ids], min(max(room, 1), _CHAT_TOKENS), "messages")
     continues = request.messages[-1]["role"] == "assistant"
+    limits, sources = constraint(form, tokenizer, grammar, continues=continues)
     submit = Submit(
         request=uuid.uuid4().hex,
         prompts=[ids],
         params=params,
         n=options.n,
-        constraint=constraint(form, tokenizer, grammar, continues=continues),
+        constraint=limits,
         scope=scope,
         priority=options.priority,
         routing=options.telemetry.mode != "none",
@@ -83,6 +85,7 @@ def prepare_chat(engine: Engine, request: ChatRequest, grammar: Grammar | None, 
     reply = ChatReply(engine, logprobs=params.logprobs is not None)
     return Work(
         submit=submit,
+        sources=sources,
         answers=answers,
         reply=reply,
         routing=Collected(options.telemetry, layers=engine.layers, experts=engine.experts),
@@ -95,7 +98,10 @@ def prepare_completion(engine: Engine, request: CompletionRequest, grammar: Gram
     options, tokenizer = request.options, engine.tokenizer
     prompts = [_encode(engine, prompt) for prompt in request.prompts]
     params = _params(engine, options, prompts, _COMPLETION_TOKENS, "prompt")
-    limits = constraint(request.form, tokenizer, grammar, continues=True) if request.form.text is not None else None
+    limits: Constraint | None = None
+    sources: list[Source] = []
+    if request.form.text is not None:
+        limits, sources = constraint(request.form, tokenizer, grammar, continues=True)
     submit = Submit(
         request=uuid.uuid4().hex,
         prompts=prompts,
@@ -117,6 +123,7 @@ def prepare_completion(engine: Engine, request: CompletionRequest, grammar: Gram
     ]
     return Work(
         submit=submit,
+        sources=sources,
         answers=answers,
         reply=CompletionReply(engine, logprobs=params.logprobs is not None),
         routing=Collected(options.telemetry, layers=engine.layers, experts=engine.experts),

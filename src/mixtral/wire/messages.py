@@ -40,12 +40,16 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ``trigger`` is the control id that opens function calls. It can only be the first token of an answer: with
     ``forced`` it must be, with ``calls`` it may be, and without ``calls`` it never is. What follows it obeys ``calls``;
     an answer that begins otherwise obeys ``text``, or nothing if that is None.
+
+    Grammars describe text without the space that a text loses at its start; with ``continues`` the answer goes on with
+    other text and keeps that space.
     """
 
     text: str | None = None
     calls: str | None = None
     trigger: int | None = None
     forced: bool = False
+    continues: bool = False
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", forbid_unknown_fields=True):
