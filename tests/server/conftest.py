@@ -12,8 +12,9 @@ import httpx
 import pytest
 from fake import MESSAGES, FakeEngine, FakeGrammar
 from selenium import webdriver
+from threaded import ThreadEngine
 
-from mixtral.server import ServerConfig, ThreadEngine, build
+from mixtral.server import ServerConfig, build
 
 Send = Callable[..., httpx.Response]
 FLAGS = (

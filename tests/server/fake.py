@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from threaded import ThreadEngine
+
 from mixtral.errors import RequestError
-from mixtral.server import Server, ServerConfig, ThreadEngine
+from mixtral.server import Server, ServerConfig
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import (
     Candidate,

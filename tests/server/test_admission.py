@@ -21,9 +21,10 @@ import httpx
 import pytest
 from checks import check_error, events
 from fake import MESSAGES, FakeEngine, listening, wait_until
+from threaded import ThreadEngine
 
 from mixtral.errors import ConfigError
-from mixtral.server import Server, ServerConfig, ThreadEngine, serve
+from mixtral.server import Server, ServerConfig, serve
 from mixtral.server.errors import ApiError
 from mixtral.wire import SamplingParams, Submit
 
@@ -175,7 +176,7 @@ def test_a_client_that_leaves_the_queue_is_never_run(
 def test_a_reader_that_stands_still_is_dropped(engine: FakeEngine) -> None:
     release(engine)
     engine.context, engine.reply = 10**6, engine.tokenizer.encode("word") * 60_000
-    config = ServerConfig(port=0, stall_timeout_s=0.3, buffer_tokens=16)
+    config = ServerConfig(port=0, stall_timeout_s=0.3)
     with listening(engine, config) as address:
         with raw(address, stream=True, max_tokens=200_000, logprobs=True, top_logprobs=20):
             wait_until(lambda: engine.closed == 1, timeout_s=15)
@@ -264,7 +265,8 @@ PROGRAM = """
 import sys
 sys.path[:0] = [{tests!r}]
 from fake import FakeEngine
-from mixtral.server import ServerConfig, ThreadEngine, serve
+from threaded import ThreadEngine
+from mixtral.server import ServerConfig, serve
 config = ServerConfig(port=0, drain_s=20)
 engine = ThreadEngine(FakeEngine("one two three " * 100, delay_s=0.02), config)
 serve(engine, config, on_ready=lambda url: print(url, flush=True))

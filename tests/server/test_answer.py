@@ -10,8 +10,9 @@ import httpx
 import pytest
 from checks import check_error, events
 from fake import CALL, MESSAGES, FakeEngine, calling
+from threaded import ThreadEngine
 
-from mixtral.server import ServerConfig, ThreadEngine
+from mixtral.server import ServerConfig
 from mixtral.server.answer import Answer, Piece, joined
 from mixtral.server.errors import ApiError
 from mixtral.server.replies import ChatReply

@@ -11,9 +11,10 @@ import pytest
 from checks import check_error, events
 from fake import CONTEXT, MESSAGES, FakeEngine
 from starlette.testclient import TestClient
+from threaded import ThreadEngine
 
 from mixtral.errors import CapacityError, ConfigError, NumericalError, RequestError
-from mixtral.server import ServerConfig, ThreadEngine, build
+from mixtral.server import ServerConfig, build
 from mixtral.server.engine import State
 
 Send = Callable[..., httpx.Response]
@@ -246,7 +247,7 @@ def test_a_stream_has_the_headers_of_a_stream(send: Send) -> None:
         ({"queue_timeout_s": float("nan")}, "queue_timeout_s"),
         ({"request_timeout_s": float("inf")}, "request_timeout_s"),
         ({"body_limit_bytes": 2**40}, "body_limit_bytes"),
-        ({"buffer_tokens": 1.5}, "buffer_tokens"),
+        ({"buffer_bytes": 1.5}, "buffer_bytes"),
     ],
 )
 def test_a_bad_setting_is_refused(fields: dict[str, Any], param: str) -> None:

@@ -19,10 +19,11 @@ import openai
 import pytest
 from checks import check_error
 from fake import MESSAGES, FakeEngine, listening, wait_until
+from threaded import ThreadEngine
 
 from mixtral.errors import ConfigError
 from mixtral.limits import ROUTES
-from mixtral.server import ServerConfig, ThreadEngine, build
+from mixtral.server import ServerConfig, build
 from mixtral.server.keys import Key, KeyRing, Quota
 
 Send = Callable[..., httpx.Response]
@@ -358,7 +359,8 @@ sys.path[:0] = [{tests!r}]
 import logging
 from pathlib import Path
 from fake import FakeEngine
-from mixtral.server import ServerConfig, ThreadEngine, serve
+from threaded import ThreadEngine
+from mixtral.server import ServerConfig, serve
 from mixtral.server.keys import KeyRing
 log = logging.getLogger("mixtral.server")
 log.addHandler(logging.StreamHandler(sys.stdout))

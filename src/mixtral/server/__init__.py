@@ -4,8 +4,7 @@ from mixtral.server.app import build
 from mixtral.server.client import Client
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine
-from mixtral.server.local import Plain, ThreadEngine
 from mixtral.server.run import Server, serve
 from mixtral.server.supervisor import process
 
-__all__ = ["Client", "Engine", "Plain", "Server", "ServerConfig", "ThreadEngine", "build", "process", "serve"]
+__all__ = ["Client", "Engine", "Server", "ServerConfig", "build", "process", "serve"]

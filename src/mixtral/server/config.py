@@ -27,7 +27,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "drain_s": (0, 3600),
     "body_limit_bytes": (1024, 64 * 2**20),
     "connections": (1, 2**20),
-    "buffer_tokens": (1, 65536),
     "buffer_bytes": (1024, 16 * 2**20),
     "engine_stall_s": (0.05, 3600),
     "engine_deaths": (1, 1000),
@@ -72,7 +71,6 @@ class ServerConfig:
     drain_s: float = 30.0
     body_limit_bytes: int = 4 * 2**20
     connections: int = 1024
-    buffer_tokens: int = 1024
     buffer_bytes: int = 256 * 2**10
     engine_stall_s: float = 60.0
     engine_deaths: int = 3

@@ -1,44 +1,31 @@
-"""An engine in a thread of this process: one request at a time, in order of arrival."""
+"""Engines for tests in this process: a source that runs one request at a time, and a model that was loaded."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import math
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+from starlette.testclient import TestClient
+
+import mixtral
+from mixtral.engine.engine import Engine
+from mixtral.engine.loop import EngineThread
 from mixtral.errors import MixtralError
+from mixtral.server import Client, build
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import State
 from mixtral.server.errors import ApiError, overloaded
 from mixtral.server.metrics import Metrics
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import Done, Failed, Started, Submit, TokenEvent, Tokens, Update
-from mixtral.wire.sampling import SamplingParams
+from mixtral.wire import Failed, Hello, Submit, Update
 
-__all__ = ["Generating", "Plain", "Source", "ThreadEngine", "ThreadRun"]
-
-
-class Generating(Protocol):
-    """A model that makes tokens, as ``mixtral.load`` returns it."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def context(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]: ...
+_ROOM = 64  # updates that may wait for a reader
 
 
 class Source(Protocol):
@@ -56,50 +43,17 @@ class Source(Protocol):
     def updates(self, submit: Submit) -> Iterator[Update]: ...
 
 
-class Plain:
-    """A Source over a model that only makes tokens: no constraints, no scores of prompts, no routing."""
-
-    def __init__(self, model: Generating, *, layers: int = 0, experts: int = 0) -> None:
-        self.name = model.name
-        self.context = self.cache_tokens = model.context
-        self.vocab_size = model.vocab_size
-        self.layers, self.experts = layers, experts
-        self.tokenizer = model.tokenizer
-        self.fingerprint = f"fp_{hashlib.sha256(model.name.encode()).hexdigest()[:16]}"
-        self._model = model
-
-    def updates(self, submit: Submit) -> Iterator[Update]:
-        """Updates of one request. Raises ApiError for what this engine cannot do."""
-        for asked, param in (
-            (submit.constraint is not None, "response_format"),
-            (submit.params.prompt_logprobs is not None, "echo"),
-            (submit.routing, "mixtral.routing"),
-        ):
-            if asked:
-                message = f"{param} needs an engine that this server was not started with; leave it out"
-                raise ApiError(400, "unsupported_parameter", message, param=param)
-        prompts = [prompt for prompt in submit.prompts for _ in range(submit.n)]
-        yield Started(request=submit.request, cached=(0,) * len(submit.prompts))
-        with contextlib.closing(self._events(prompts, submit.params)) as events:
-            for event in events:
-                yield Tokens(request=submit.request, events=[event])
-        yield Done(request=submit.request)
-
-    def _events(self, prompts: list[list[int]], params: SamplingParams) -> Generator[TokenEvent, None, None]:
-        yield from self._model.stream(prompts, params)
-
-
 class ThreadRun:
     """Updates of one request on their way from the thread to the event loop; a Run.
 
-    At most ``buffer_tokens`` updates wait; a reader that stands still for ``stall_timeout_s`` ends the run.
+    At most ``_ROOM`` updates wait; a reader that stands still for ``stall_timeout_s`` ends the run.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Update | Exception] = asyncio.Queue()
-        self._room = threading.Semaphore(config.buffer_tokens)
+        self._room = threading.Semaphore(_ROOM)
         self._cancelled = threading.Event()
 
     def __aiter__(self) -> ThreadRun:
@@ -216,3 +170,24 @@ class ThreadEngine:
     def _stopping(self) -> ApiError:
         seconds = min(60, max(1, math.ceil(self._config.drain_s)))
         return overloaded("server_shutting_down", "the server is shutting down", retry_after_s=seconds)
+
+
+@contextlib.contextmanager
+def serving_model(llm: mixtral.LLM) -> Iterator[TestClient]:
+    """Calls to a server over a model that was loaded in this process, with the real loop and client between them."""
+    hello = Hello(
+        name=llm.name,
+        context=llm.context,
+        vocab_size=llm.vocab_size,
+        layers=llm.config.num_hidden_layers,
+        experts=llm.config.num_local_experts,
+        tokenizer=llm.tokenizer.version,
+        respell=llm.tokenizer.respell,
+        cache_tokens=llm.generator.engine.cache_tokens,
+        fingerprint="fp_test",
+    )
+    client = Client(lambda: EngineThread(lambda: (Engine(llm.generator.model), hello)), ServerConfig())
+    with TestClient(build(client), base_url="http://127.0.0.1:8000") as calls:
+        while calls.get("/ready").status_code != 200:
+            time.sleep(0.01)
+        yield calls
