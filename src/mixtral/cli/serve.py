@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,12 +21,15 @@ from mixtral.cli.generate import (
     ThreadsOption,
 )
 
+if TYPE_CHECKING:
+    from mixtral.server.keys import KeyRing
+
 __all__ = ["run"]
 
 
 def run(
     model: ModelOption = "embedded",
-    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need API keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     served_model_name: Annotated[
         str | None, typer.Option("--served-model-name", help="Name in the API; default: that of the model.")
@@ -33,6 +37,19 @@ def run(
     allowed_host: Annotated[
         list[str] | None, typer.Option("--allowed-host", help="Name that a proxy in front uses; may be repeated.")
     ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-origin", help="Site whose pages may use the API, https://NAME; may be repeated."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", help="TOML file of key digests; see docs/serving.md.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option("--api-key", help="A key in the clear, seen by all in the process list; better: --api-key-file."),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate for HTTPS, with --tls-key.")] = None,
+    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Private key of the certificate.")] = None,
     queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")] = 128,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
@@ -44,7 +61,18 @@ def run(
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""
     from mixtral.server import Plain, ServerConfig, ThreadEngine, serve
 
-    config = ServerConfig(host=host, port=port, allowed_hosts=tuple(allowed_host or ()), queue_size=queue_size)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        allowed_hosts=tuple(allowed_host or ()),
+        allowed_origins=tuple(allowed_origin or ()),
+        keys=_keys(api_key_file, api_key or []),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        queue_size=queue_size,
+    )
+    if not config.loopback and tls_cert is None:
+        output.note("keys and texts are sent in the clear; use --tls-cert and --tls-key, or a proxy that encrypts")
     from mixtral.api import load
 
     llm = load(
@@ -61,6 +89,16 @@ def run(
     with _request_log():
         engine = ThreadEngine(Plain(llm), config)
         serve(engine, config, on_ready=lambda address: output.note(f"{llm.name} is ready: {address} (Ctrl-C stops)"))
+
+
+def _keys(path: Path | None, plain: list[str]) -> KeyRing | None:
+    from mixtral.server.keys import KeyRing
+
+    if plain:
+        output.note("--api-key can be read in the list of processes; use --api-key-file where others have accounts")
+    if path is not None:
+        return KeyRing.load(path, more=plain)
+    return KeyRing.of(plain) if plain else None
 
 
 @contextmanager
