@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, ClassVar
 
+import choosing
 import numpy as np
 import pytest
 from hash_model import EOS, EXPERTS, LAYERS, NAN_TOKEN, HashModel, V, picks_of, row_of, states_of, written
@@ -12,10 +13,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-import choosing
 from mixtral.engine.config import EngineConfig
 from mixtral.engine.engine import Engine
-from mixtral.engine.pages import PAGE_SIZE, pages_for
+from mixtral.engine.pages import pages_for
 from mixtral.engine.scheduler import MOST_PASSED, MOST_PREEMPTIONS, Plan, Scheduler
 from mixtral.errors import ConfigError, RequestError
 from mixtral.wire import (

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import choosing
 import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as peers
 
-import choosing
 from mixtral.engine.sampling import History, NoTokenError, _draw, choose, distribution, log_softmax, score, uniform
 from mixtral.errors import NumericalError
 from mixtral.wire import SamplingParams

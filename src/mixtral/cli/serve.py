@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,6 +27,9 @@ from mixtral.cli.serving import (
 )
 from mixtral.errors import ConfigError
 
+if TYPE_CHECKING:
+    from mixtral.server.keys import KeyRing
+
 __all__ = ["CONTEXT", "run"]
 
 # Options -> fields of ServerConfig.
@@ -37,6 +41,8 @@ _CONFIG = {
     "request_timeout": "request_timeout_s",
     "drain_timeout": "drain_s",
     "stall_timeout": "engine_stall_s",
+    "tls_cert": "tls_cert",
+    "tls_key": "tls_key",
 }
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Options of other servers that mean nothing here -> what to do instead.
@@ -67,6 +73,19 @@ PortOption = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free
 AllowedHostOption = Annotated[
     list[str] | None, typer.Option("--allowed-host", help="Name that a proxy in front uses; may be repeated.")
 ]
+AllowedOriginOption = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-origin", help="Site whose pages may use the API, https://NAME; may be repeated."),
+]
+KeyFileOption = Annotated[
+    Path | None, typer.Option("--api-key-file", help="TOML file of key digests; see docs/serving.md.")
+]
+KeyOption = Annotated[
+    list[str] | None,
+    typer.Option("--api-key", help="A key in the clear, seen by all in the process list; better: --api-key-file."),
+]
+CertOption = Annotated[Path | None, typer.Option("--tls-cert", help="Certificate for HTTPS, with --tls-key.")]
+CertKeyOption = Annotated[Path | None, typer.Option("--tls-key", help="Private key of the certificate.")]
 PrefixOption = Annotated[
     bool,
     typer.Option(
@@ -88,10 +107,15 @@ LogOption = Annotated[str, typer.Option("--log-format", help="text or json.")]
 def run(
     context: typer.Context,
     model: ModelOption = "embedded",
-    host: Annotated[str, typer.Option(help="Loopback address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need API keys.")] = "127.0.0.1",
     port: PortOption = 8000,
     served_model_name: ServedNameOption = None,
     allowed_host: AllowedHostOption = None,
+    allowed_origin: AllowedOriginOption = None,
+    api_key_file: KeyFileOption = None,
+    api_key: KeyOption = None,
+    tls_cert: CertOption = None,
+    tls_key: CertKeyOption = None,
     max_model_len: ContextOption = None,
     max_num_seqs: SequencesOption = 64,
     max_num_batched_tokens: StepTokensOption = 512,
@@ -121,11 +145,28 @@ def run(
     if log_format != lines:
         raise ConfigError(f"--log-format is {log_format!r}; expected text or json", param="log_format")
     options = {field: context.params[option] for option, field in _CONFIG.items()}
-    config = ServerConfig(allowed_hosts=tuple(allowed_host or ()), **options)
+    config = ServerConfig(
+        allowed_hosts=tuple(allowed_host or ()),
+        allowed_origins=tuple(allowed_origin or ()),
+        keys=_keys(api_key_file, api_key or []),
+        **options,
+    )
+    if not config.loopback and tls_cert is None:
+        output.note("keys and texts are sent in the clear; use --tls-cert and --tls-key, or a proxy that encrypts")
     start = start_of(context.params, log=lines)
     client = Client(process(start), config)
     with log.started(lines):
         serve(client, config, on_ready=lambda url: output.note(f"{client.name} is ready: {url} (Ctrl-C stops)"))
+
+
+def _keys(path: Path | None, plain: list[str]) -> KeyRing | None:
+    from mixtral.server.keys import KeyRing
+
+    if plain:
+        output.note("--api-key can be read in the list of processes; use --api-key-file where others have accounts")
+    if path is not None:
+        return KeyRing.load(path, more=plain)
+    return KeyRing.of(plain) if plain else None
 
 
 def _refuse(context: typer.Context, ranks: int, share: float | None) -> None:

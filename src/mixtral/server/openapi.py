@@ -284,7 +284,7 @@ def _get(
 def _post(about: str, body: Schema, answer: Schema, *, keys: bool) -> Schema:
     content: Schema = {_JSON: {"schema": answer}}
     if "completion" in str(answer.get("properties", {}).get("object")):
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _object({"data": {"type": "string"}})}
     codes = (400, 403, 404, 405, 408, 413, 414, 415, 421, 431, 500, 503, 504)
     made: Schema = {
         "summary": about,
