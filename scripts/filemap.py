@@ -35,6 +35,7 @@ NOTES = {
     "docs/training.md": "how the embedded model is trained",
     "pyproject.toml": "metadata, dependencies, settings of ruff, mypy and pytest",
     "src/mixtral/embedded/CARD.md": "model card: data, training, held-out scores, limits",
+    "docs/grafana.json": "dashboard of a server's metrics",
     "src/mixtral/embedded/config.json": "configuration of the embedded model",
     "src/mixtral/embedded/manifest.json": "size and sha256 of the weights",
     "src/mixtral/embedded/model.safetensors": "weights of the embedded model",

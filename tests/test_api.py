@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastapi.testclient import TestClient
+from threaded import serving_model
 
 import mixtral
 from mixtral import api
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError, MessagesError, TokenizerError
 from mixtral.model.mixtral import Mixtral
-from mixtral.server import ServerConfig, build
 from mixtral.tokenizer import Tokenizer, encode_chat
 from mixtral.weights import save_compact, save_model
 from mixtral.weights.vocab import row_map
@@ -314,7 +313,7 @@ def test_an_assistant_prefix_is_continued_with_its_space(scripted: mixtral.LLM) 
 
 
 def test_the_model_is_an_engine_for_the_server(llm: mixtral.LLM) -> None:
-    with TestClient(build(llm, ServerConfig()), base_url="http://127.0.0.1:8000") as client:
+    with serving_model(llm) as client:
         body = {"model": "town", "messages": [USER], "temperature": 0, "max_tokens": 12}
         answer = client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 200, answer.text

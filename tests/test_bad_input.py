@@ -16,13 +16,13 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
+from threaded import serving_model
 
 import mixtral
 from mixtral.cli import main
 from mixtral.config import MixtralConfig
 from mixtral.errors import MixtralError
 from mixtral.model.mixtral import Mixtral
-from mixtral.server import ServerConfig, build
 from mixtral.weights import save_model
 
 Capture = pytest.CaptureFixture[str]
@@ -61,7 +61,7 @@ def llm(good: Path) -> mixtral.LLM:
 
 @pytest.fixture(scope="module")
 def client(llm: mixtral.LLM) -> Iterator[TestClient]:
-    with TestClient(build(llm, ServerConfig()), base_url="http://127.0.0.1:8000") as client:
+    with serving_model(llm) as client:
         yield client
 
 

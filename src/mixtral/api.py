@@ -13,6 +13,8 @@ import torch
 
 from mixtral.compiled import compile_model
 from mixtral.config import PRESETS, MixtralConfig
+from mixtral.engine.config import EngineConfig
+from mixtral.engine.engine import Engine
 from mixtral.engine.generator import Generator as TokenGenerator
 from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
 from mixtral.model.mixtral import Mixtral
@@ -43,10 +45,15 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A model with its tokenizer, ready to generate. One call at a time; also an engine for ``mixtral.server``."""
+    """A model with its tokenizer, ready to generate; also an engine for ``mixtral.server``.
 
-    def __init__(self, model: Mixtral, tokenizer: Tokenizer | None, *, name: str) -> None:
-        self.generator = TokenGenerator(model)
+    One thread at a time may use it. Streams may be open side by side; they are computed together.
+    """
+
+    def __init__(
+        self, model: Mixtral, tokenizer: Tokenizer | None, *, name: str, engine: EngineConfig | None = None
+    ) -> None:
+        self.generator = TokenGenerator(Engine(model, engine))
         self.name = name
         self._tokenizer = tokenizer
 

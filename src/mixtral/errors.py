@@ -13,6 +13,7 @@
     ├── BusyError          there is no room for the request now; the same request may succeed later
     ├── CapacityError      the request does not fit the context or the memory it was given
     ├── NumericalError     the model produced NaN or infinity
+    ├── EngineError        the engine process cannot be kept running
     ├── TrainingError      a training run cannot start, continue or save
     └── BenchError         a side of a comparison is missing, dies, hangs or answers nonsense
 
@@ -28,6 +29,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigError",
+    "EngineError",
     "GrammarError",
     "MatcherError",
     "MessagesError",
@@ -112,6 +114,12 @@ class NumericalError(MixtralError):
     """The model produced NaN or infinity; the token was not sampled."""
 
     code = "numerical_error"
+
+
+class EngineError(MixtralError):
+    """The engine process ends again and again, or is not the one that was started."""
+
+    code = "engine_dead"
 
 
 class TrainingError(MixtralError):

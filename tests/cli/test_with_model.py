@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -15,8 +16,10 @@ import torch
 import mixtral
 from mixtral import api
 from mixtral.bench.random_model import create_model
+from mixtral.build import build_engine
 from mixtral.cli import chat, main, output
 from mixtral.config import MixtralConfig
+from mixtral.engine.loop import EngineThread
 from mixtral.errors import CapacityError
 from mixtral.model.mixtral import Mixtral
 from mixtral.tokenizer import ToolCall
@@ -265,27 +268,33 @@ def test_serve_hands_the_model_to_the_server(folder: Path, capsys: Capture, monk
     seen: list[Any] = []
 
     def serve(engine: Any, config: Any, *, on_ready: Any) -> None:
-        seen.extend((engine, config))
-        on_ready("http://127.0.0.1:1234")
-        logging.getLogger("mixtral.server").info("a request")
+        async def ready() -> None:
+            await engine.start()
+            await engine.until_ready()
+            seen.extend((engine, config))
+            on_ready("http://127.0.0.1:1234")
+            logging.getLogger("mixtral.server").info("a request")
+            await engine.close()
+
+        asyncio.run(ready())
 
     monkeypatch.setattr("mixtral.server.serve", serve)
-    command = [
-        "serve",
-        "--model",
-        str(folder),
-        "--port",
-        "1234",
-        "--served-model-name",
-        "desk",
-        "--allowed-host",
-        "a.b",
-    ]
-    assert main(command) == 0
+    monkeypatch.setattr("mixtral.server.process", lambda start: lambda: EngineThread(lambda: build_engine(start)))
+    options = {
+        "--model": str(folder),
+        "--port": "1234",
+        "--served-model-name": "desk",
+        "--allowed-host": "a.b",
+        "--max-model-len": "100",
+        "--max-num-seqs": "3",
+        "--kv-cache-memory": "1M",
+    }
+    assert main(["serve", *(word for option in options.items() for word in option)]) == 0
     engine, config = seen
-    assert (engine.name, engine.context, engine.tokenizer.version) == ("desk", 128, "v3")
+    assert (engine.name, engine.context, engine.tokenizer.version) == ("desk", 100, "v3")
+    assert engine.cache_tokens % 64 == 0
     assert (config.port, config.host, config.allowed_hosts) == (1234, "127.0.0.1", ("a.b",))
     shown = capsys.readouterr().err
-    assert "http://127.0.0.1:1234" in shown
+    assert "desk is ready: http://127.0.0.1:1234" in shown
     assert shown.endswith(" a request\n")
-    assert logging.getLogger("mixtral.server").handlers == []
+    assert logging.getLogger("mixtral").level == logging.NOTSET

@@ -9,7 +9,9 @@ import torch
 import transformers
 
 from mixtral.config import MixtralConfig
-from mixtral.engine.generator import CHUNK, Generator
+from mixtral.engine.config import EngineConfig
+from mixtral.engine.engine import Engine
+from mixtral.engine.generator import Generator
 from mixtral.engine.pages import PAGE_SIZE
 from mixtral.errors import CapacityError, NumericalError, RequestError, TokenizerError
 from mixtral.model import cache
@@ -17,6 +19,7 @@ from mixtral.model.mixtral import Mixtral
 from mixtral.wire import SamplingParams, TokenEvent
 
 V, CONTEXT = 101, 800
+CHUNK = EngineConfig().max_num_batched_tokens
 CONFIG = MixtralConfig(
     vocab_size=V,
     hidden_size=48,
@@ -49,7 +52,7 @@ def model(peer: transformers.MixtralForCausalLM) -> Mixtral:
 
 @pytest.fixture
 def generator(model: Mixtral) -> Generator:
-    return Generator(model)
+    return Generator(Engine(model))
 
 
 def run(generator: Generator, prompts: list[list[int]], params: Any) -> list[list[int]]:

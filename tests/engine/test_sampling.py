@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import choosing
 import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as peers
 
-from mixtral.engine.sampling import History, choose, distribution, log_softmax, uniform
+from mixtral.engine.sampling import History, NoTokenError, _draw, choose, distribution, log_softmax, score, uniform
 from mixtral.errors import NumericalError
 from mixtral.wire import SamplingParams
 
@@ -199,3 +201,119 @@ def test_full_vocabulary_top_p_equals_brute_force() -> None:
     expected = brute_force(logits, params, [], [])
     assert ids.tolist() == sorted(expected)
     assert probs.sum() == pytest.approx(1)
+
+
+# --- the fast steps against the plain ones ----------------------------------------------------------------------------
+
+SIZES = (50, 2048, 5000, 32768)
+FIELDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.3},
+    {"temperature": 2.0},
+    {"top_p": 0.9, "temperature": 0.7},
+    {"top_p": 0.99, "temperature": 1.8},
+    {"top_p": 0.0},
+    {"top_k": 1},
+    {"top_k": 40, "top_p": 0.95, "temperature": 0.8},
+    {"top_k": 256},
+    {"top_k": 700},
+    {"min_p": 0.02},
+    {"min_p": 1.0},
+    {"top_k": 300, "top_p": 0.97, "min_p": 0.01, "temperature": 1.5},
+    {"repetition_penalty": 1.3, "temperature": 0.0},
+    {"repetition_penalty": 0.7, "presence_penalty": 1.5, "frequency_penalty": -0.5},
+    {"logit_bias": {3: 9.0, 7: -100.0, 11: 100.0, 49: 0.5}, "top_k": 5},
+    {"logit_bias": {0: 5.0}, "temperature": 0.0},
+]
+
+
+def rows(size: int, seed: int) -> list[np.ndarray]:
+    """Float32 logits: spread out, peaked, with many ties, almost flat."""
+    rng = np.random.default_rng(seed)
+    shared = rng.normal(0, 3, size)
+    shared[size // 3 :] = shared[0]  # as the ids that were not trained have
+    found = [
+        rng.normal(0, 2, size),
+        rng.normal(0, 9, size),
+        rng.integers(-3, 4, size),
+        rng.normal(0, 0.01, size),
+        shared,
+    ]
+    return [one.astype(np.float32) for one in found]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=repr)
+@pytest.mark.parametrize("size", SIZES)
+def test_the_choice_is_that_of_the_definition(fields: dict[str, Any], size: int) -> None:
+    params = SamplingParams(**fields)
+    prompt, output = [1, 2, 3, 3, 9, 30], [2, 7, 7, 7, 11, 30]
+    past = History(prompt, size)
+    for id in output:
+        past.add(id)
+    for number, logits in enumerate(rows(size, 5)):
+        ids, probs = distribution(logits, params, past)
+        expected_ids, expected_probs = choosing.kept(logits, params, prompt, output)
+        assert ids.tolist() == expected_ids.tolist()
+        assert probs == pytest.approx(expected_probs, rel=1e-12)
+        for position in range(8):
+            draw = {"seed": 17 * number, "sequence": 2, "position": position}
+            found = choose(logits, params, past, **draw)
+            assert found.id == choosing.choose(logits, params, prompt, output, **draw)
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {}, {"top_k": 4}, {"top_p": 0.8}, {"logit_bias": {5: 100.0}}])
+@pytest.mark.parametrize("share", [0.00005, 0.01, 0.5, 0.999])
+def test_mask_and_banned_ids(fields: dict[str, Any], share: float) -> None:
+    size = 32768 + 5
+    rng, params = np.random.default_rng(int(share * 1e5)), SamplingParams(**fields)
+    for logits in rows(size, 6):
+        allowed = rng.random(size) < share
+        allowed[[20000, size - 1]] = True
+        banned = [size - 1, 7, 10**6]
+        words = np.zeros(-(-size // 32), dtype=np.uint32)
+        for id in np.flatnonzero(allowed).tolist():
+            words[id // 32] |= np.uint32(1 << id % 32)
+        words[-1] |= np.uint32(1 << 31)  # no id of the vocabulary
+        allowed[banned[:2]] = False
+        for position in range(4):
+            draw = {"seed": 3, "sequence": 0, "position": position}
+            found = choose(logits, params, None, mask=words, banned=banned, **draw).id
+            assert found == choosing.choose(logits, params, [], [], allowed=allowed, **draw)
+            assert allowed[found]
+            only_banned = choose(logits, params, None, banned=banned, **draw).id
+            assert only_banned == choosing.choose(
+                logits, params, [], [], allowed=~np.isin(np.arange(size), banned), **draw
+            )
+
+
+def test_a_mask_without_ids_is_an_error() -> None:
+    with pytest.raises(NoTokenError):
+        choose(row(0), SamplingParams(), None, seed=0, sequence=0, position=0, mask=np.zeros(2, np.uint32))
+    with pytest.raises(NoTokenError):
+        choose(row(0, 2), SamplingParams(), None, seed=0, sequence=0, position=0, banned=[0, 1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20])
+def test_scores_are_those_of_the_whole_row(count: int) -> None:
+    for logits in rows(32768, 7):
+        expected = choosing.log_softmax(logits)
+        logprob, top = score(logits, 123, count)
+        order = np.argsort(-logits.astype(np.float64), kind="stable")[:count]
+        assert logprob == expected[123]
+        assert [(one.id, one.logprob) for one in top] == [(id, expected[id]) for id in order.tolist()]
+
+
+def test_a_draw_falls_on_what_weighs_something() -> None:
+    """Also at the ends of the range, and where rounding moves it over the end of a block."""
+    for size in (1, 127, 128, 129, 1000):
+        weights = np.zeros(size)
+        weights[size // 2] = 1e-300
+        for number in (0.0, 0.5, 1.0 - 2**-53):
+            assert _draw(weights, number) == size // 2
+    weights = np.full(1000, 0.1)
+    reached = np.cumsum(weights)
+    for number in np.random.default_rng(0).random(3000).tolist():
+        place = _draw(weights, number)
+        before = reached[place] - weights[place]
+        assert before - 1e-9 <= number * reached[-1] <= reached[place] + 1e-9

@@ -15,7 +15,9 @@ def check_error(response: httpx.Response, status: int, code: str, param: str | N
     assert list(body) == ["error"]
     assert sorted(body["error"]) == ["code", "message", "param", "type"]
     assert (response.status_code, body["error"]["code"], body["error"]["param"]) == (status, code, param), body
-    assert body["error"]["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    assert body["error"]["type"] == kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    assert status not in (429, 503) or 1 <= int(response.headers["retry-after"]) <= 60
     assert body["error"]["message"]
     assert len(response.content) <= 16 * 1024
 

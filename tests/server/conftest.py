@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
-from fake import MESSAGES, FakeEngine
+from fake import MESSAGES, FakeEngine, FakeGrammar
 from pagefake import PageServer, serving
 from pageuser import PageUser
 from selenium import webdriver
+from threaded import ThreadEngine
 
 from mixtral.server import ServerConfig, build
 
@@ -60,12 +62,17 @@ def engine() -> FakeEngine:
 
 
 @pytest.fixture
-def send(engine: FakeEngine) -> Send:
+def grammar() -> FakeGrammar:
+    return FakeGrammar()
+
+
+@pytest.fixture
+def send(engine: FakeEngine, grammar: FakeGrammar) -> Send:
     """``send(method, path, config=..., **what httpx takes)`` -> the whole response."""
 
     def call(method: str, path: str, *, config: ServerConfig | None = None, **parts: Any) -> httpx.Response:
         async def run() -> httpx.Response:
-            app = build(engine, config)
+            app = build(ThreadEngine(engine, config or ServerConfig()), config, grammar=grammar)
             async with (
                 app.router.lifespan_context(app),
                 httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8000") as client,
@@ -80,10 +87,22 @@ def send(engine: FakeEngine) -> Send:
 @pytest.fixture
 def chat(send: Send) -> Callable[..., httpx.Response]:
     """``chat(field=value, ...)``: one chat request."""
-    return lambda **fields: send("POST", "/v1/chat/completions", json={"model": "fake", "messages": MESSAGES, **fields})
+    return _caller(send, "/v1/chat/completions", {"model": "fake", "messages": MESSAGES})
 
 
 @pytest.fixture
 def complete(send: Send) -> Callable[..., httpx.Response]:
     """``complete(field=value, ...)``: one raw completion."""
-    return lambda **fields: send("POST", "/v1/completions", json={"model": "fake", "prompt": "Once", **fields})
+    return _caller(send, "/v1/completions", {"model": "fake", "prompt": "Once"})
+
+
+def _caller(send: Send, path: str, fields: dict[str, Any]) -> Callable[..., httpx.Response]:
+    """``mark`` replaces the JSON string "MARK", for numbers that Python cannot write."""
+
+    def call(*, mark: str | None = None, **more: Any) -> httpx.Response:
+        body = json.dumps(fields | more)
+        if mark is not None:
+            body = body.replace('"MARK"', mark)
+        return send("POST", path, content=body, headers={"content-type": "application/json"})
+
+    return call

@@ -10,9 +10,12 @@ import httpx
 import pytest
 from checks import check_error, events
 from fake import CALL, MESSAGES, FakeEngine, calling
+from threaded import ThreadEngine
 
-from mixtral.server.answer import Answer, Piece
+from mixtral.server import ServerConfig
+from mixtral.server.answer import Answer, Piece, joined
 from mixtral.server.errors import ApiError
+from mixtral.server.replies import ChatReply
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import TokenEvent
 
@@ -102,11 +105,12 @@ def test_offsets_count_characters(complete: Chat, engine: FakeEngine) -> None:
     listed = choice["logprobs"]
     assert choice["text"] == " né à Été 🥐."
     assert all(place <= len(choice["text"]) for place in listed["text_offset"])
-    for token, offset in zip(listed["tokens"], listed["text_offset"], strict=True):
+    assert listed["tokens"][-1] == "</s>"  # every sampled token is listed
+    for token, offset in zip(listed["tokens"][:-1], listed["text_offset"], strict=False):
         if "\ufffd" not in token:
             assert choice["text"][offset:].startswith(token)
     assert listed["token_logprobs"] == [-0.5] * len(listed["tokens"])
-    assert listed["top_logprobs"] == [{}] * len(listed["tokens"])
+    assert listed["top_logprobs"] == [{token: -0.5} for token in listed["tokens"]]
 
 
 def test_streamed_completions_of_several_prompts(complete: Chat, engine: FakeEngine) -> None:
@@ -131,11 +135,10 @@ def test_a_finished_answer_ignores_later_tokens(complete: Chat, engine: FakeEngi
 
 
 def test_infinite_logprobs_are_a_number() -> None:
-    from mixtral.server.replies import ChatReply
-
-    tokenizer = Tokenizer.from_version("v3")
-    pieces = push(Answer(tokenizer), tokenizer.encode("a", eos=True), logprob=float("-inf"))
-    body = ChatReply("m", tokenizer, logprobs=True).choice(0, pieces)
+    engine = ThreadEngine(FakeEngine(), ServerConfig())
+    ids = engine.tokenizer.encode("a", eos=True)
+    pieces = push(Answer(engine.tokenizer, calls="refused"), ids, logprob=float("-inf"))
+    body = ChatReply(engine, logprobs=True).choice(0, joined(pieces))
     assert [token["logprob"] for token in body["logprobs"]["content"]] == [-9999.0]
 
 
@@ -185,7 +188,8 @@ def test_calls_that_cannot_be_read_are_an_error_and_never_text(chat: Chat, engin
     assert response.headers["x-should-retry"] == "false"
     stream = events(chat(tools=[TOOL], stream=True))
     assert stream[-1]["error"]["code"] == "invalid_tool_calls"
-    assert [event for event in stream[1:-1] if event["choices"][0]["delta"]] == []
+    assert not [event for event in stream[1:-1] if event["choices"][0]["delta"].get("content")]
+    assert not [event for event in stream[1:-1] if event["choices"][0]["finish_reason"]]
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": [TOOL], "tool_choice": "none"}])
@@ -194,11 +198,50 @@ def test_calls_that_nobody_asked_for_are_an_error(chat: Chat, engine: FakeEngine
     check_error(chat(**fields), 500, "unexpected_tool_calls", None)
 
 
-def test_a_call_cut_by_max_tokens_ends_with_length(chat: Chat, engine: FakeEngine) -> None:
-    engine.reply = calling(engine.tokenizer)
-    choice = chat(tools=[TOOL], max_tokens=6).json()["choices"][0]
-    assert choice["finish_reason"] == "length"
-    assert choice["message"] == {"role": "assistant", "content": "", "refusal": None}
+def built(stream: list[Any]) -> tuple[list[dict[str, Any]], str | None]:
+    """The calls that a client puts together from deltas, and the finish reason."""
+    calls: list[dict[str, Any]] = []
+    finish = None
+    for event in stream:
+        (choice,) = event["choices"]
+        finish = choice["finish_reason"]
+        for delta in choice["delta"].get("tool_calls", []):
+            if delta["index"] == len(calls):
+                calls.append({"id": delta["id"], "type": delta["type"], "function": dict(delta["function"])})
+                assert delta["function"]["arguments"] == ""
+            else:
+                assert delta.keys() == {"index", "function"}
+                calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+    return calls, finish
+
+
+TWO = (
+    '[{"name": "get_hours", "arguments": {"place": "Café \\"🥐\\"", "at": [1, 2.50]}}, {"name": "b", "arguments": {}}]'
+)
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 60))
+def test_calls_cut_anywhere_are_the_same_in_both_modes(chat: Chat, engine: FakeEngine, max_tokens: int) -> None:
+    engine.reply = calling(engine.tokenizer, TWO)
+    fields = {"tools": [TOOL], "max_tokens": max_tokens, "seed": 1}
+    whole = chat(**fields).json()["choices"][0]
+    stream = events(chat(**fields, stream=True))
+    assert stream.pop() == "[DONE]"
+    calls, finish = built(stream)
+    assert calls == whole["message"].get("tool_calls", [])
+    assert finish == whole["finish_reason"] == ("length" if max_tokens < len(engine.reply) else "tool_calls")
+    text = engine.tokenizer.decode(engine.reply[1:max_tokens])
+    assert len(calls) == text.count('"name": "get_hours"') + text.count('"name": "b"')
+    assert whole["message"]["content"] == (None if calls else "")
+    if calls:
+        assert TWO[TWO.index("{", 3) :].startswith(calls[0]["function"]["arguments"])
+
+
+def test_arguments_stream_while_they_are_written(chat: Chat, engine: FakeEngine) -> None:
+    engine.reply = calling(engine.tokenizer, TWO)
+    stream = events(chat(tools=[TOOL], stream=True))[:-1]
+    deltas = [call for event in stream for call in event["choices"][0]["delta"].get("tool_calls", [])]
+    assert len([delta for delta in deltas if delta["index"] == 0]) > 8
 
 
 def test_text_before_a_call_is_content() -> None:
@@ -206,7 +249,7 @@ def test_text_before_a_call_is_content() -> None:
     ids = [*tokenizer.encode("One moment"), *calling(tokenizer)]
     pieces = push(Answer(tokenizer, stop=["moments"], calls="offered"), ids)
     assert "".join(piece.text for piece in pieces) == "One moment"
-    assert json.loads(pieces[-1].calls[0].arguments) == {"place": "Castle"}
+    assert json.loads("".join(call.arguments for piece in pieces for call in piece.calls)) == {"place": "Castle"}
     with pytest.raises(ApiError, match="function call"):
         push(Answer(tokenizer, calls="refused"), ids)
 
@@ -214,7 +257,7 @@ def test_text_before_a_call_is_content() -> None:
 def test_ids_depend_on_the_salt_alone() -> None:
     tokenizer = Tokenizer.from_version("v3")
     ids = [
-        push(Answer(tokenizer, calls="offered", salt=salt), calling(tokenizer))[-1].calls[0].id
+        joined(push(Answer(tokenizer, calls="offered", salt=salt), calling(tokenizer))).calls[0].id
         for salt in ("a", "a", "b")
     ]
     assert ids[0] == ids[1] != ids[2]

@@ -10,9 +10,12 @@ import httpx
 import pytest
 from checks import check_error, events
 from fake import CONTEXT, MESSAGES, FakeEngine
+from starlette.testclient import TestClient
+from threaded import ThreadEngine
 
 from mixtral.errors import CapacityError, ConfigError, NumericalError, RequestError
-from mixtral.server import ServerConfig
+from mixtral.server import ServerConfig, build
+from mixtral.server.engine import State
 
 Send = Callable[..., httpx.Response]
 GOOD = {"model": "fake", "messages": MESSAGES}
@@ -27,14 +30,31 @@ def test_health_and_models(send: Send) -> None:
     check_error(send("GET", "/v1/models/a%2Fb/c"), 404, "model_not_found", "model")
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1", "/v1/models/../x", "/v1/embeddings", "/docs", "/openapi.json", "/static/", "/static/%2e%2e/app.py"]
-)
+@pytest.mark.parametrize("path", ["/v1", "/v1/models/../x", "/docs", "/static/", "/static/%2e%2e/app.py"])
 def test_unknown_routes_are_a_404(send: Send, path: str) -> None:
     response = send("GET", path)
     if "models" not in path:
         check_error(response, 404, "route_not_found", None)
     assert response.status_code == 404
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/v1/files/f-1", "/v1/audio/speech"])
+def test_routes_that_others_have_are_a_404_with_the_reason(send: Send, method: str, path: str) -> None:
+    response = send(method, path)
+    check_error(response, 404, "route_not_found", None)
+    assert len(response.json()["error"]["message"]) > len(f"there is no '{path}' on this server") + 20
+
+
+@pytest.mark.parametrize("state", ["starting", "stalled", "restarting", "dead", "draining", "ready"])
+def test_health_and_readiness_follow_the_engine(engine: FakeEngine, state: State) -> None:
+    runner = ThreadEngine(engine, ServerConfig())
+    runner.state = state
+    with TestClient(build(runner), base_url="http://127.0.0.1:8000") as client:
+        alive = state in ("ready", "draining")
+        health, ready = client.get("/health"), client.get("/ready")
+    assert (health.status_code, health.json()) == (200 if alive else 503, {"status": "ok" if alive else state})
+    assert (ready.status_code, ready.json()) == (200 if state == "ready" else 503, {"status": state})
 
 
 @pytest.mark.parametrize(
@@ -222,12 +242,12 @@ def test_a_stream_has_the_headers_of_a_stream(send: Send) -> None:
         ({"port": -1}, "port"),
         ({"port": 70000}, "port"),
         ({"port": "80"}, "port"),
-        ({"queue_size": -1}, "queue_size"),
+        ({"queue_size": 0}, "queue_size"),
         ({"queue_size": True}, "queue_size"),
         ({"queue_timeout_s": float("nan")}, "queue_timeout_s"),
         ({"request_timeout_s": float("inf")}, "request_timeout_s"),
         ({"body_limit_bytes": 2**40}, "body_limit_bytes"),
-        ({"buffer_tokens": 1.5}, "buffer_tokens"),
+        ({"buffer_bytes": 1.5}, "buffer_bytes"),
     ],
 )
 def test_a_bad_setting_is_refused(fields: dict[str, Any], param: str) -> None:

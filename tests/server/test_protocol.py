@@ -11,18 +11,34 @@ import pytest
 from checks import check_error
 from fake import CONTEXT, MESSAGES, FakeEngine
 
-from mixtral.server.fields import CHAT_FIELDS, COMPLETION_FIELDS
+from mixtral.limits import CHAT, COMPLETIONS, REFUSED, Limit
+from mixtral.wire import SamplingParams
 
 Chat = Callable[..., httpx.Response]
 TOOL = {"type": "function", "function": {"name": "get_hours", "parameters": {"type": "object"}}}
 TWICE = [TOOL, TOOL]
+NAMED = {"type": "function", "function": {"name": "get_hours"}}
+NAMED_OTHER = {"type": "function", "function": {"name": "other"}}
+LONG_DESCRIPTION = {"type": "function", "function": {"name": "a", "description": "d" * 8193}}
+STRICT = "tools[0].function.strict"
+JSON = {"type": "json_object"}
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "a", "arguments": "{}"}}
+MANY_CALLS = {"role": "assistant", "tool_calls": [{**CALL, "id": f"{n:09}"} for n in range(129)]}
+PREFIX = [*MESSAGES, {"role": "assistant", "content": "At", "prefix": True}]
 BAD_NAME = {"type": "function", "function": {"name": "a b"}}
-STRICT = {"type": "function", "function": {"name": "a", "strict": True}}
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]}]
 
 
 def messages(**changes: Any) -> list[dict[str, Any]]:
     return [{**MESSAGES[0], **changes}]
+
+
+def schema(**changes: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, **changes}}
+
+
+def lark(**changes: Any) -> dict[str, Any]:
+    return {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: /a/", **changes}}
 
 
 # fields, status, code, param
@@ -40,6 +56,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": messages(content=5)}, "invalid_messages", "messages[0].content"),
     ({"messages": messages(name="Ann")}, "invalid_messages", "messages[0].name"),
     ({"messages": messages(weight=0)}, "unknown_parameter", "messages[0].weight"),
+    ({"messages": messages(content=[{"type": "text", "text": "a"}] * 257)}, "invalid_messages", "messages[0].content"),
+    ({"messages": [*MESSAGES, MANY_CALLS]}, "invalid_messages", "messages[1].tool_calls"),
     ({"messages": IMAGE}, "invalid_messages", "messages[0].content[0].type"),
     ({"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, "invalid_messages", "messages[1].role"),
     (
@@ -72,7 +90,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"stop": ""}, "invalid_value", "stop"),
     ({"stop": 5}, "invalid_type", "stop"),
     ({"stop": ["a", None]}, "invalid_type", "stop[1]"),
-    ({"stop": ["a", "é" * 257]}, "invalid_value", "stop[1]"),
+    ({"stop": ["a", "é" * 513]}, "invalid_value", "stop[1]"),
     ({"stop": ["a"] * 17}, "invalid_value", "stop"),
     ({"logprobs": 1}, "invalid_type", "logprobs"),
     ({"top_logprobs": 3}, "unsupported_combination", "top_logprobs"),
@@ -84,7 +102,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"stream": True, "stream_options": {"include_usage": 1}}, "invalid_type", "stream_options.include_usage"),
     (
         {"stream": True, "stream_options": {"include_obfuscation": True}},
-        "unknown_parameter",
+        "unsupported_parameter",
         "stream_options.include_obfuscation",
     ),
     ({"user": 5}, "invalid_type", "user"),
@@ -94,21 +112,73 @@ BAD_CHATS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"tools": TWICE}, "invalid_messages", "tools[1].function.name"),
     ({"tools": [BAD_NAME]}, "invalid_messages", "tools[0].function.name"),
     ({"tools": [BAD_NAME], "tool_choice": "none"}, "invalid_messages", "tools[0].function.name"),
-    ({"tools": [STRICT]}, "unsupported_parameter", "tools[0].function.strict"),
     ({"tools": [TOOL] * 129}, "invalid_value", "tools"),
-    ({"tools": [TOOL], "tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
-    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "unsupported_parameter", "tool_choice"),
     ({"tools": [TOOL], "tool_choice": "maybe"}, "invalid_value", "tool_choice"),
-    ({"n": 2}, "unsupported_parameter", "n"),
-    ({"n": True}, "unsupported_parameter", "n"),
-    ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-    ({"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
-    ({"parallel_tool_calls": False}, "unsupported_parameter", "parallel_tool_calls"),
     ({"store": True}, "unsupported_parameter", "store"),
     ({"metadata": {"a": "b"}}, "unsupported_parameter", "metadata"),
     ({"functions": [{}]}, "unsupported_parameter", "functions"),
     ({"reasoning_effort": "low"}, "unsupported_parameter", "reasoning_effort"),
-    ({"mixtral": {"routing": "counts"}}, "unsupported_parameter", "mixtral"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "missing_required_parameter", "tool_choice.function"),
+    ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "invalid_value", "tool_choice.type"),
+    ({"tools": [TOOL], "tool_choice": NAMED_OTHER}, "unsupported_combination", "tool_choice.function.name"),
+    ({"tools": [TOOL], "tool_choice": {**NAMED, "x": 1}}, "unknown_parameter", "tool_choice.x"),
+    ({"tool_choice": "required"}, "unsupported_combination", "tool_choice"),
+    ({"tool_choice": NAMED}, "unsupported_combination", "tool_choice.function.name"),
+    ({"tools": [TOOL], "tool_choice": "required", "response_format": JSON}, "unsupported_combination", "tool_choice"),
+    ({"tools": [TOOL], "messages": PREFIX, "tool_choice": "any"}, "unsupported_combination", "tool_choice"),
+    ({"tools": [{"type": "function", "function": {"name": "a", "strict": 1}}]}, "invalid_messages", STRICT),
+    ({"tools": [LONG_DESCRIPTION]}, "invalid_value", "tools[0].function.description"),
+    ({"parallel_tool_calls": 0}, "invalid_type", "parallel_tool_calls"),
+    ({"n": 0}, "invalid_value", "n"),
+    ({"n": 65}, "invalid_value", "n"),
+    ({"n": True}, "invalid_type", "n"),
+    ({"n": 1.0}, "invalid_type", "n"),
+    ({"priority": "high"}, "invalid_type", "priority"),
+    ({"priority": 2**31}, "invalid_value", "priority"),
+    ({"min_tokens": -1}, "invalid_value", "min_tokens"),
+    ({"min_tokens": 9, "max_tokens": 8}, "unsupported_combination", "min_tokens"),
+    ({"min_tokens": 9, "tools": [TOOL]}, "unsupported_combination", "min_tokens"),
+    ({"ignore_eos": True, "response_format": JSON}, "unsupported_combination", "ignore_eos"),
+    ({"ignore_eos": "yes"}, "invalid_type", "ignore_eos"),
+    ({"stop": "a", "response_format": JSON}, "unsupported_combination", "stop"),
+    ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"05": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"-5": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"٥": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"32768": 1}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5"),
+    ({"logit_bias": {"5": True}}, "invalid_type", "logit_bias.5"),
+    ({"logit_bias": {str(id): 1 for id in range(1025)}}, "invalid_value", "logit_bias"),
+    ({"logit_bias": []}, "invalid_type", "logit_bias"),
+    ({"response_format": {}}, "missing_required_parameter", "response_format.type"),
+    ({"response_format": "json"}, "invalid_type", "response_format"),
+    ({"response_format": {"type": "xml"}}, "invalid_value", "response_format.type"),
+    ({"response_format": {"type": "json_object", "schema": {}}}, "unknown_parameter", "response_format.schema"),
+    ({"response_format": {"type": "json_schema"}}, "missing_required_parameter", "response_format.json_schema"),
+    ({"response_format": schema(name="a b")}, "invalid_value", "response_format.json_schema.name"),
+    ({"response_format": schema(schema=None)}, "missing_required_parameter", "response_format.json_schema.schema"),
+    ({"response_format": schema(schema=[])}, "invalid_type", "response_format.json_schema.schema"),
+    ({"response_format": schema(strict=1)}, "invalid_type", "response_format.json_schema.strict"),
+    ({"response_format": schema(more=1)}, "unknown_parameter", "response_format.json_schema.more"),
+    ({"response_format": {"type": "regex", "regex": ""}}, "invalid_value", "response_format.regex"),
+    ({"response_format": {"type": "regex", "regex": "a" * 4097}}, "invalid_value", "response_format.regex"),
+    ({"response_format": {"type": "choice", "choice": []}}, "invalid_value", "response_format.choice"),
+    ({"response_format": {"type": "choice", "choice": ["a", 5]}}, "invalid_type", "response_format.choice[1]"),
+    ({"response_format": lark(syntax="gbnf")}, "invalid_value", "response_format.grammar.syntax"),
+    ({"response_format": lark(definition="")}, "invalid_value", "response_format.grammar.definition"),
+    ({"guided_json": {"type": "object"}}, "unsupported_parameter", "guided_json"),
+    ({"structured_outputs": {"json": {}}}, "unsupported_parameter", "structured_outputs"),
+    ({"mixtral": 5}, "invalid_type", "mixtral"),
+    ({"mixtral": {"routing": "all"}}, "invalid_value", "mixtral.routing"),
+    ({"mixtral": {"route": "all"}}, "unknown_parameter", "mixtral.route"),
+    ({"mixtral": {"layers": [4]}}, "invalid_value", "mixtral.layers[0]"),
+    ({"mixtral": {"layers": [1, 1]}}, "invalid_value", "mixtral.layers[1]"),
+    ({"mixtral": {"layers": 1}}, "invalid_type", "mixtral.layers"),
+    ({"mixtral": {"prompt": 1}}, "invalid_type", "mixtral.prompt"),
+    ({"mixtral": {"routing": "experts"}, "n": 64}, "invalid_value", "mixtral.routing"),
+    ({"prompt_cache_key": ""}, "invalid_value", "prompt_cache_key"),
+    ({"safety_identifier": 5}, "invalid_type", "safety_identifier"),
+    ({"echo": True}, "unknown_parameter", "echo"),
     ({"prompt": "x"}, "unknown_parameter", "prompt"),
     ({"max_token": 1}, "unknown_parameter", "max_token"),
     ({"__class__": 1}, "unknown_parameter", "__class__"),
@@ -126,13 +196,16 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": [5, 32768]}, "invalid_value", "prompt[1]"),
     ({"prompt": [[5], [-1]]}, "invalid_value", "prompt[1][0]"),
     ({"prompt": ["a"] * 129}, "invalid_value", "prompt"),
-    ({"prompt": ["a"] * 128, "max_tokens": 500}, "request_exceeds_cache", "prompt"),
     ({"prompt": [5] * CONTEXT}, "context_length_exceeded", "prompt"),
     ({"logprobs": 6}, "invalid_value", "logprobs"),
     ({"logprobs": True}, "invalid_type", "logprobs"),
-    ({"echo": True}, "unsupported_parameter", "echo"),
-    ({"best_of": 2}, "unsupported_parameter", "best_of"),
     ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+    ({"best_of": 2}, "unsupported_combination", "best_of"),
+    ({"echo": True, "stream": True}, "unsupported_combination", "echo"),
+    ({"echo": 1}, "invalid_type", "echo"),
+    ({"max_tokens": 0}, "unsupported_combination", "max_tokens"),
+    ({"prompt": ["a"] * 65, "n": 2}, "unsupported_combination", "n"),
+    ({"tools": [TOOL]}, "unknown_parameter", "tools"),
     ({"messages": MESSAGES}, "unknown_parameter", "messages"),
     ({"max_completion_tokens": 5}, "unknown_parameter", "max_completion_tokens"),
 ]
@@ -177,33 +250,33 @@ def test_an_unknown_model_is_a_404(chat: Chat, complete: Chat, engine: FakeEngin
     assert engine.opened == 0
 
 
-NO_OPS: dict[str, list[Any]] = {
-    "n": [1],
-    "store": [False],
-    "service_tier": ["auto", "default"],
-    "modalities": [["text"]],
-    "logit_bias": [{}],
-    "metadata": [{}],
-    "parallel_tool_calls": [True],
-    "response_format": [{"type": "text"}],
-    "functions": [[]],
-    "audio": [],
-    "prediction": [],
-    "reasoning_effort": [],
-    "best_of": [1],
-    "echo": [False],
-    "suffix": [],
-}
-
-
-@pytest.mark.parametrize("name", [*NO_OPS, *CHAT_FIELDS[2:]])
-def test_null_and_values_that_ask_for_nothing_change_nothing(chat: Chat, engine: FakeEngine, name: str) -> None:
-    for value in (None, *NO_OPS.get(name, [])):
-        assert chat(**{"seed": 7, name: value}).status_code == 200, (name, value)
+@pytest.mark.parametrize("name", [*REFUSED, *CHAT, *COMPLETIONS])
+def test_null_and_values_that_ask_for_nothing_change_nothing(
+    chat: Chat, complete: Chat, engine: FakeEngine, name: str
+) -> None:
+    for call, fields in ((chat, CHAT), (complete, COMPLETIONS)):
+        if name in fields and fields[name].required:
+            continue
+        if name in REFUSED and name not in fields:
+            values = [None, {}, [], *REFUSED[name].no_ops]
+        else:
+            values = [None] if name in fields else []
+        for value in values:
+            assert call(**{"seed": 7, name: value}).status_code == 200, (name, value)
+    default = SamplingParams()
     for params in engine.params:
         for field in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs"):
-            default = type(params)()
             assert getattr(params, field) == getattr(default, field)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_other_servers_have_is_refused_with_a_hint(chat: Chat, complete: Chat, name: str) -> None:
+    for call, fields in ((chat, CHAT), (complete, COMPLETIONS)):
+        if name not in fields:
+            for value in ("x", 7.5, [7]):
+                response = call(**{name: value})
+                check_error(response, 400, "unsupported_parameter", name)
+                assert REFUSED[name].hint in response.json()["error"]["message"]
 
 
 # field -> (value, what the engine then has)
@@ -217,6 +290,9 @@ EFFECTS = {
     "frequency_penalty": (-1.5, {"frequency_penalty": -1.5}),
     "repetition_penalty": (1.25, {"repetition_penalty": 1.25}),
     "seed": (-(2**63), {"seed": -(2**63)}),
+    "min_tokens": (2, {"min_tokens": 2}),
+    "ignore_eos": (True, {"ignore_eos": True}),
+    "logit_bias": ({"0": -100, "32767": 1.5}, {"logit_bias": {0: -100.0, 32767: 1.5}}),
 }
 
 
@@ -228,12 +304,56 @@ def test_sampling_fields_reach_the_engine(chat: Chat, complete: Chat, engine: Fa
         assert {field: getattr(engine.params[-1], field) for field in expected} == expected
 
 
+# Fields whose effect another test shows.
+ELSEWHERE = {
+    *("model", "messages", "prompt", "tools", "tool_choice", "parallel_tool_calls", "response_format", "stop"),
+    *("logprobs", "top_logprobs", "stream", "stream_options", "user", "safety_identifier", "max_completion_tokens"),
+    *("n", "priority", "prompt_cache_key", "mixtral", "echo", "best_of"),
+}
+
+
 def test_every_accepted_field_is_tested_for_its_effect() -> None:
-    elsewhere = {
-        *("model", "messages", "prompt", "tools", "tool_choice", "stop", "logprobs", "top_logprobs"),
-        *("stream", "stream_options", "user", "max_completion_tokens"),
-    }
-    assert {*CHAT_FIELDS, *COMPLETION_FIELDS} - set(EFFECTS) == elsewhere
+    assert {*CHAT, *COMPLETIONS} - set(EFFECTS) == ELSEWHERE
+
+
+EDGES = [
+    (route, name, limit)
+    for route, fields in (("chat", CHAT), ("complete", COMPLETIONS))
+    for name, limit in fields.items()
+    if limit.kind in ("integer", "number") and name not in ("top_logprobs", "best_of")
+]
+
+
+@pytest.mark.parametrize(("route", "name", "limit"), EDGES, ids=lambda value: value if isinstance(value, str) else "")
+def test_numbers_are_held_to_the_table(chat: Chat, complete: Chat, route: str, name: str, limit: Limit) -> None:
+    call = chat if route == "chat" else complete
+    step = 1 if limit.kind == "integer" else 1e-6
+    for bound, beyond in ((limit.low, -step), (limit.high, step)):
+        response = call(**{name: bound})
+        if response.status_code != 200:  # other rules may forbid it, but not its range
+            assert response.json()["error"]["code"] not in ("invalid_value", "invalid_type"), response.text
+        check_error(call(**{name: (bound or 0) + beyond}), 400, "invalid_value", name)
+    for wrong in (True, "1", [1], {"a": 1}, *([1.5, 1.0, -0.0] if limit.kind == "integer" else [])):
+        check_error(call(**{name: wrong}), 400, "invalid_type", name)
+    for literal in ("NaN", "Infinity", "-Infinity", "1e400", "-1e400"):
+        response = call(**{name: "MARK"}, mark=literal)
+        check_error(response, 400, "invalid_json", None)
+
+
+@pytest.mark.parametrize(
+    ("route", "name", "kind"),
+    [
+        (route, name, limit.kind)
+        for route, fields in (("chat", CHAT), ("complete", COMPLETIONS))
+        for name, limit in fields.items()
+    ],
+)
+def test_other_types_are_refused(chat: Chat, complete: Chat, route: str, name: str, kind: str) -> None:
+    values = {"integer": 5, "number": 0.5, "boolean": True, "string": "x", "list": [[None]], "object": {"zzz": 1}}
+    limit = (CHAT if route == "chat" else COMPLETIONS)[name]
+    for other, value in values.items():
+        if other not in (kind, *limit.also) and not (kind == "number" and other == "integer"):
+            check_error((chat if route == "chat" else complete)(**{name: value}), 400, "invalid_type", name)
 
 
 def test_top_k_is_handed_on(chat: Chat, engine: FakeEngine) -> None:
@@ -291,14 +411,6 @@ def test_history_with_calls_is_encoded(chat: Chat, engine: FakeEngine) -> None:
         assert engine.tokenizer.control_id(name) in engine.prompts[0]
 
 
-def test_tool_choice_none_keeps_the_functions_from_the_model(chat: Chat, engine: FakeEngine) -> None:
-    chat(tools=[TOOL], tool_choice="none")
-    chat()
-    chat(tools=[TOOL], tool_choice="auto")
-    assert engine.prompts[0] == engine.prompts[1]
-    assert len(engine.prompts[2]) > len(engine.prompts[1])
-
-
 def test_an_answer_can_be_continued(chat: Chat, engine: FakeEngine) -> None:
     prefix = [*MESSAGES, {"role": "assistant", "content": "At", "prefix": True}]
     assert chat(messages=prefix).json()["choices"][0]["message"]["content"].startswith(" Breakfast")
@@ -326,4 +438,5 @@ def test_prompts_are_texts_or_ids(complete: Chat, engine: FakeEngine, prompt: An
         "prompt_tokens": sum(map(len, wanted)),
         "completion_tokens": 2 * len(wanted),
         "total_tokens": sum(map(len, wanted)) + 2 * len(wanted),
+        "prompt_tokens_details": {"cached_tokens": 0},
     }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mixtral.errors import MessagesError
-from mixtral.tokenizer import Tokenizer, ToolCall, encode_chat, parse_calls
+from mixtral.tokenizer import CallReader, Tokenizer, ToolCall, encode_chat, parse_calls
 from mixtral.tokenizer.calls import map_call_ids
 
 V1, V3 = Tokenizer.from_version("v1"), Tokenizer.from_version("v3")
@@ -81,7 +84,13 @@ def test_arguments_that_are_json_in_a_string() -> None:
         ('[{"name": "f g"}]', "other characters"),
         ('[{"name": "f\\n"}]', "other characters"),
         ('[{"name": "f", "arguments": [1]}]', "not a JSON object"),
-        ("[" * 100000, "not valid JSON"),
+        ("[" * 100000, "call 0 has no name"),
+        ('[{"a": ' + "[" * 100000, "not valid JSON"),
+        ('[{"name": "f", "name": "g"}]', "two members of one name"),
+        ('[{"name": "f"}] and more', "something follows"),
+        ('[{"name": "f" "arguments": {}}]', "is missing"),
+        ('[{"name": f}]', "not valid JSON"),
+        ('[{"name": "f", "arguments": {"a": 01}}]', "not valid JSON"),
     ],
 )
 def test_broken_calls_are_an_error_that_shows_the_text(text: str, reason: str) -> None:
@@ -138,3 +147,80 @@ def test_ids_that_fit_keep_their_value_and_collisions_are_resolved() -> None:
     moved = map_call_ids(["call_abcdefgh1", first])
     assert first not in moved
     assert moved["call_abcdefgh1"] != first
+
+
+def read(pieces: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Id, name and arguments of every call in a text that comes in pieces."""
+    reader, found = CallReader(salt="s"), list[tuple[str, str, str]]()
+    for piece in pieces:
+        for delta in reader.push(piece):
+            if delta.name:
+                assert delta.index == len(found)
+                assert not delta.arguments
+                found.append((delta.id, delta.name, ""))
+            else:
+                id, name, arguments = found[delta.index]
+                found[delta.index] = (id, name, arguments + delta.arguments)
+    reader.finish()
+    return found
+
+
+WRITTEN = [
+    '[{"name": "f", "arguments": {"a": "x\\"}]", "b": [1, {"c": -1.5e3}]}}, {"name": "g", "arguments": {}}]',
+    ' [ {"arguments" : {"a":1} ,\n"id": "abcdefghi", "name" : "f"}\t, {"name":"g"} ] ',
+    '[{"name": "f", "arguments": "{\\"a\\": \\"\\u00e9\\"}", "": null, "more": ["arguments", {"name": "h"}]}]',
+    '[{"name": "f", "arguments": {"\\\\": "\\\\", "é🥐": true}}]',
+]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_every_cut_gives_the_same_calls(text: str) -> None:
+    whole = read([text])
+    assert [call[1:] for call in whole] == [(call.name, call.arguments) for call in parse_calls(V3, written(text))[1]]
+    assert read(text) == whole
+    for place in range(len(text)):
+        assert read([text[:place], text[place:]]) == whole
+    shuffle = random.Random(1)
+    for _ in range(50):
+        cuts = sorted(shuffle.choices(range(len(text)), k=5))
+        assert read(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)) == whole
+
+
+def test_arguments_come_out_as_they_are_written() -> None:
+    reader = CallReader()
+    seen = [reader.push(character) for character in '[{"name": "f", "arguments": {"a": 1}}]']
+    assert [len(deltas) for deltas in seen] == [0] * 12 + [1] + [0] * 15 + [1] * 8 + [0] * 2
+    assert seen[12][0].name == "f"
+    assert "".join(delta.arguments for deltas in seen for delta in deltas) == '{"a": 1}'
+
+
+@pytest.mark.parametrize("cut", range(1, len(WRITTEN[0]) - 1))
+def test_a_text_that_ends_too_early_is_noticed(cut: int) -> None:
+    reader = CallReader()
+    reader.push(WRITTEN[0][:cut])
+    with pytest.raises(MessagesError, match="ends too early"):
+        reader.finish()
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(arguments=arguments_of_calls, data=st.data())
+def test_any_arguments_come_back_in_pieces(arguments: list[dict[str, Any]], data: st.DataObject) -> None:
+    text = json.dumps([{"name": "f", "arguments": each} for each in arguments], ensure_ascii=False)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    found = read(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
+    assert [json.loads(call[2]) for call in found] == arguments
+
+
+@pytest.mark.parametrize(
+    "filler",
+    ["x", '\\"', "[", '{"a":', "\\\\", "1,", "é"],
+    ids=["text", "quotes", "lists", "objects", "escapes", "x", "é"],
+)
+def test_reading_is_linear(filler: str) -> None:
+    text = '[{"name": "f", "arguments": {"a": "' + filler * (300_000 // len(filler))
+    for pieces in ([text], [text[place : place + 3] for place in range(0, len(text), 3)]):
+        began = time.monotonic()
+        reader = CallReader()
+        for piece in pieces:
+            reader.push(piece)
+        assert time.monotonic() - began < 5  # quadratic time would be minutes

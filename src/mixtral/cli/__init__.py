@@ -1,7 +1,7 @@
 """The command ``mixtral``: its table of commands, and how errors become one line and an exit code.
 
 Exit codes: 0 done, 1 a fault of this program or a reader that went away, 2 wrong input (user or file) or output that
-cannot be written, 130 interrupted.
+cannot be written, 70 an engine process that ends again and again, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,8 +13,22 @@ from typing import Annotated
 
 import typer
 
-from mixtral.cli import bench, chat, convert, evaluate, generate, init, inspect, output, quantize, serve, train, verify
-from mixtral.errors import MixtralError
+from mixtral.cli import (
+    batch,
+    bench,
+    chat,
+    convert,
+    evaluate,
+    generate,
+    init,
+    inspect,
+    output,
+    quantize,
+    serve,
+    train,
+    verify,
+)
+from mixtral.errors import EngineError, MixtralError
 
 __all__ = ["app", "main"]
 
@@ -33,7 +47,8 @@ app.command("quantize")(quantize.run)
 app.command("verify")(verify.run)
 app.command("init")(init.run)
 app.command("bench")(bench.run)
-app.command("serve")(serve.run)
+app.command("batch")(batch.run)
+app.command("serve", context_settings=serve.CONTEXT)(serve.run)
 app.command("evaluate")(evaluate.run)
 app.add_typer(train.app, name="train")
 
@@ -84,7 +99,7 @@ def _report(problem: Exception) -> int:
     """Print an error as one line; returns the exit code."""
     if isinstance(problem, MixtralError):
         output.error(str(problem))
-        return 2
+        return 70 if isinstance(problem, EngineError) else 2
     if isinstance(problem, typer.TyperException):
         output.error(problem.format_message())
         return 2

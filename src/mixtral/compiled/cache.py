@@ -29,6 +29,16 @@ class CompiledCache:
         block = module().block_bytes(config.head_dim, self.kind)
         shape = (config.num_hidden_layers, pages, config.num_key_value_heads, block)
         self.blocks = empty(shape, torch.uint8)
+        self.layers = [layer.numpy() for layer in self.blocks]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all pages."""
+        return self.blocks.nbytes
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Overwrite pages with zeros."""
+        self.blocks[:, list(pages)] = 0
 
     def view(self, spans: Sequence[tuple[Sequence[int], int, int]]) -> CompiledView:
         """As ``PagedCache.view``."""
@@ -41,7 +51,6 @@ class CompiledView:
     def __init__(self, cache: CompiledCache, spans: Sequence[tuple[Sequence[int], int, int]]) -> None:
         self._cache = cache
         self._spans: Any = module().Spans([(list(pages), stored, count) for pages, stored, count in spans])
-        self._layers = [layer.numpy() for layer in cache.blocks]
 
     def attend_rows(self, layer: int, qkv: Tensor, angles: tuple[Tensor, Tensor], heads: int) -> Tensor:
         """Rotate the queries and keys of ``qkv`` [T, (H + 2G) K], store keys and values, attend: [T, H K]."""
@@ -53,7 +62,7 @@ class CompiledView:
             cosines.numpy(),
             sines.numpy(),
             self._spans,
-            self._layers[layer],
+            cache.layers[layer],
             out.numpy(),
             cache.head_dim,
             cache.kind,

@@ -1,1 +1,1 @@
-"""Generation over token ids: ``generator`` runs the model, ``sampling`` chooses, ``pages`` shares out the cache."""
+"""Continuous batching over token ids: the scheduler plans a step, the runner computes it, samplers choose tokens."""

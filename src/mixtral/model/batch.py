@@ -24,6 +24,15 @@ class Context(Protocol):
 class Cache(Protocol):
     """Pages of keys and values of every layer."""
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all pages."""
+        ...
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Overwrite pages with zeros, so that nothing that was in them can be seen."""
+        ...
+
     def view(self, spans: Sequence[tuple[Sequence[int], int, int]]) -> Any:
         """What one batch attends to, for ``Batch.context``. ``spans`` lists, in the order of its tokens, for every
         sequence its page ids, the number of tokens already stored, and the number of tokens in this batch."""

@@ -29,6 +29,17 @@ class PagedCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all pages."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Overwrite pages with zeros."""
+        for page in pages:
+            for part in (self.keys, self.values):
+                part[:, page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = 0
+
     def view(self, spans: Sequence[tuple[Sequence[int], int, int]]) -> CacheView:
         """The view for one batch. ``spans`` lists, in the order of its tokens, for every sequence its page ids, the
         number of tokens already stored, and the number of tokens in this batch; the pages hold both."""

@@ -1,4 +1,4 @@
-"""Memory for weights and caches, and of files, in pages of 2 MB where the system has them."""
+"""Memory for weights and caches, and of files, in pages of 2 MB where the system has them; how much of it is left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE", "empty", "map_file"]
+__all__ = ["LARGE", "available_bytes", "empty", "map_file"]
 
 LARGE = 4 << 20
 """Bytes from which on large pages are asked for."""
@@ -46,3 +46,27 @@ def map_file(path: Path) -> mmap.mmap:
         with contextlib.suppress(OSError):
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+def available_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Memory of a device that can still be taken. On the CPU that is what Linux says (under ``root``), within the limit
+    of the process's control group; 2 GB where nothing is said."""
+    if device.type != "cpu":
+        free, _ = torch.accelerator.get_memory_info(device)
+        return int(free)
+    known = [
+        int(line.split()[1]) * 1024
+        for line in _read(root / "proc/meminfo").splitlines()
+        if line.startswith("MemAvailable:")
+    ]
+    most, used = (_read(root / "sys/fs/cgroup" / name).strip() for name in ("memory.max", "memory.current"))
+    if most.isdigit() and used.isdigit():
+        known.append(max(0, int(most) - int(used)))
+    return min(known, default=2 << 30)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return ""

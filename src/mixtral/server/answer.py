@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from mixtral.errors import MessagesError
 from mixtral.server.errors import ApiError
-from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, parse_calls
-from mixtral.wire import TokenEvent
+from mixtral.tokenizer import CallDelta, CallReader, TextStream, Tokenizer
+from mixtral.wire import PromptToken, TokenEvent
 
-__all__ = ["Answer", "Calls", "Finish", "Piece", "TokenText"]
+__all__ = ["Answer", "Calls", "Finish", "Piece", "Spelling", "TokenText", "echo", "joined"]
 
 Finish = Literal["stop", "length", "tool_calls"]
 Calls = Literal["offered", "refused", "text"]
@@ -24,7 +24,7 @@ class TokenText:
 
     surface: bytes
     offset: int
-    event: TokenEvent
+    event: TokenEvent | PromptToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,61 @@ class Piece:
 
     text: str = ""
     tokens: tuple[TokenText, ...] = ()
-    calls: tuple[ToolCall, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
     finish_reason: Finish | None = None
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Pieces of one answer that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        tuple(call for piece in pieces for call in piece.calls),
+        pieces[-1].finish_reason,
+    )
+
+
+def echo(tokenizer: Tokenizer, prompt: str | Sequence[int], scored: Sequence[PromptToken]) -> Piece:
+    """A prompt as the beginning of its answer. ``scored`` lists its tokens, or none of them."""
+    text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    spelling = Spelling(tokenizer, drops_space=True)
+    return Piece(text, tuple(spelling.add(token) for token in scored))
+
+
+@dataclass(slots=True)
+class Spelling:
+    """Bytes and characters of the tokens of one text, and where each begins."""
+
+    tokenizer: Tokenizer
+    drops_space: bool
+    bytes: int = 0
+    characters: int = 0
+    _decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+    def add(self, event: TokenEvent | PromptToken) -> TokenText:
+        """The next token."""
+        surface = self.tokenizer.token_bytes(event.id)
+        token = TokenText(surface, self.characters, event)
+        if surface:
+            dropped = int(self.drops_space and event.id != 0 and surface.startswith(b" "))
+            self.drops_space = False
+            self.bytes += len(surface) - dropped
+            self.characters += len(self._decoder.decode(surface)) - dropped
+        return token
 
 
 class Answer:
     """The growing answer to one prompt.
 
-    ``calls`` says what ``[TOOL_CALLS]`` means: "offered" collects the rest and reads function calls from it, "refused"
-    is an error (the request offers no functions, and calls must never be shown as text), "text" is for raw completions.
-    ``continues``: the answer goes on with the prompt's last word or line, so its leading space is kept.
+    ``calls`` says what ``[TOOL_CALLS]`` means: "offered" reads function calls from what follows, "refused" is an error
+    (the request allows no calls, and calls must never be shown as text), "text" is for raw completions.
+    ``continues``: the answer goes on with the prompt's last word or line, so its leading space is kept; ``offset``
+    characters of it come before. ``salt`` makes the ids of calls. Control tokens have no text; their log-probabilities
+    are listed in raw completions only.
     """
 
     def __init__(
@@ -52,6 +97,7 @@ class Answer:
         stop: Sequence[str] = (),
         calls: Calls = "text",
         continues: bool = False,
+        offset: int = 0,
         salt: str = "",
     ) -> None:
         self.completion_tokens = 0
@@ -63,11 +109,11 @@ class Answer:
         if calls != "text" and tokenizer.version != "v1":
             self._control = tokenizer.control_id("[TOOL_CALLS]")
         self._salt = salt
-        self._call_ids: list[int] = []
+        self._reader: CallReader | None = None
+        self._call_text = TextStream(tokenizer)
         self._tokens: list[tuple[int, TokenText]] = []  # not yet given out; with the byte at which each begins
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._sent = self._seen = self._characters = 0
-        self._drops_space = not continues
+        self._spelling = Spelling(tokenizer, drops_space=not continues, characters=offset)
+        self._sent = 0
 
     def push(self, event: TokenEvent) -> Piece:
         """What this event adds. Events after the finish add nothing.
@@ -78,11 +124,10 @@ class Answer:
         if self.finished:
             return Piece()
         self.completion_tokens += 1
-        if self._call_ids or event.id == self._control:
-            return self._collect_call(event)
+        if self._reader is not None or event.id == self._control:
+            return self._push_call(event)
         text = self._text.push(event.id)
-        if event.logprob is not None:
-            self._note(event)
+        self._note(event)
         finish: Finish | None = "stop" if self._text.stopped else event.finish_reason
         if finish and not self._text.stopped:
             text += self._text.finish()
@@ -90,43 +135,46 @@ class Answer:
         self.finished = finish is not None
         return Piece(text, self._release(text, last=finish is not None), finish_reason=finish)
 
-    def _collect_call(self, event: TokenEvent) -> Piece:
+    def end(self) -> Piece:
+        """The end of an answer of no tokens."""
+        self.finished = True
+        return Piece(finish_reason="length")
+
+    def _push_call(self, event: TokenEvent) -> Piece:
         if self._calls == "refused":
             message = "the model answered with a function call, but the request allows none; offer tools, or ask again"
             raise ApiError(500, "unexpected_tool_calls", message, headers={"x-should-retry": "false"})
-        text = "" if self._call_ids else self._text.finish()
-        if self._text.stopped:
-            self.finished = True
-            return Piece(text, self._release(text, last=True), finish_reason="stop")
-        self._call_ids.append(event.id)
-        if event.logprob is not None:
-            self._note(event)
-        if event.finish_reason is None:
-            return Piece(text, self._release(text, last=False))
-        self.finished = True
-        calls = self._read_calls(cut=event.finish_reason == "length")
-        finish: Finish = "tool_calls" if event.finish_reason == "stop" else "length"
-        return Piece(text, self._release(text, last=True), calls, finish)
+        text = ""
+        if self._reader is None:
+            text = self._text.finish()
+            if self._text.stopped:
+                self.finished = True
+                return Piece(text, self._release(text, last=True), finish_reason="stop")
+            self._reader = CallReader(salt=self._salt)
+        self._note(event)
+        calls = self._read_calls(self._reader, event)
+        self.finished = event.finish_reason is not None
+        finish: Finish | None = "tool_calls" if event.finish_reason == "stop" else event.finish_reason
+        return Piece(text, self._release(text, last=True), tuple(calls), finish)
 
-    def _read_calls(self, *, cut: bool) -> tuple[ToolCall, ...]:
+    def _read_calls(self, reader: CallReader, event: TokenEvent) -> list[CallDelta]:
+        written = self._call_text.push(event.id)
+        if event.finish_reason == "stop":
+            written += self._call_text.finish()
         try:
-            return tuple(parse_calls(self._tokenizer, self._call_ids, salt=self._salt)[1])
+            deltas = reader.push(written)
+            if event.finish_reason == "stop":
+                reader.finish()
         except MessagesError as error:
-            if cut:  # finish_reason "length" says that something is missing
-                return ()
             message = f"the model wrote function calls that cannot be read: {error}"
             raise ApiError(500, "invalid_tool_calls", message, headers={"x-should-retry": "false"}) from error
+        return deltas
 
     def _note(self, event: TokenEvent) -> None:
-        """Keep a token until the text it belongs to is given out. Control tokens have no text and are not listed."""
-        surface = self._tokenizer.token_bytes(event.id)
-        if not surface:
-            return
-        dropped = int(self._drops_space and event.id != 0 and surface.startswith(b" "))
-        self._drops_space = False
-        self._tokens.append((self._seen, TokenText(surface, self._characters, event)))
-        self._seen += len(surface) - dropped
-        self._characters += len(self._decoder.decode(surface)) - dropped
+        """Keep a token until the text it belongs to is given out."""
+        if event.logprob is not None and (self._calls == "text" or self._tokenizer.token_bytes(event.id)):
+            start = self._spelling.bytes
+            self._tokens.append((start, self._spelling.add(event)))
 
     def _release(self, text: str, *, last: bool) -> tuple[TokenText, ...]:
         """The tokens whose text has begun; at the end all of them, unless a stop string cut their text away."""

@@ -14,13 +14,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mixtral.errors import MixtralError
+from mixtral.server.auth import Auth, Cors
 from mixtral.server.config import ServerConfig
-from mixtral.server.engine import Engine, Runner
+from mixtral.server.engine import Engine
 from mixtral.server.errors import ApiError, as_api_error, error_response, show
+from mixtral.server.formats import Grammar
 from mixtral.server.gate import Gate
-from mixtral.server.routes import Routes
+from mixtral.server.routes import UNSUPPORTED, Routes
+from mixtral.server.status import Status
 
-__all__ = ["build", "runner_of"]
+__all__ = ["build"]
 
 _log = logging.getLogger("mixtral.server")
 _PAGE = Path(__file__).parent / "page"
@@ -56,34 +59,34 @@ _PAGE_HEADERS = {
 }
 
 
-def build(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
-    """The application over ``engine``. It has no documentation pages: those load scripts from elsewhere."""
+def build(engine: Engine, config: ServerConfig | None = None, *, grammar: Grammar | None = None) -> FastAPI:
+    """The application over ``engine``. Without ``grammar`` it refuses what only constrained output can promise.
+
+    It has no documentation pages: those load scripts from elsewhere.
+    """
     config = config or ServerConfig()
-    runner = Runner(engine, config)
+    routes = Routes(engine, config, grammar)
+    status = Status(engine)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.start()
         yield
-        await runner.close()
+        routes.close()
+        await engine.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.runner = runner
-    for method, path, handler in Routes(runner, config).table():
+    for method, path, handler in [*routes.table(), *status.table()]:
         app.add_api_route(path, handler, methods=[method], response_model=None)
     for path, (name, media_type) in _FILES.items():
         app.add_api_route(path, _file((_PAGE / name).read_bytes(), media_type), methods=["GET"], response_model=None)
     for kind in (ApiError, MixtralError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(Gate, config=config)
+    # The last one is the outermost.
+    app.add_middleware(Auth, keys=config.keys, open_paths=(*_FILES, "/health", "/ready"))
+    app.add_middleware(Gate, config=config, metrics=engine.metrics)
+    app.add_middleware(Cors, origins=config.allowed_origins)
     return app
-
-
-def runner_of(app: FastAPI) -> Runner:
-    """The runner of an application that ``build`` made."""
-    runner = app.state.runner
-    if not isinstance(runner, Runner):
-        raise TypeError(f"app.state.runner is {runner!r}; expected an application made by build()")
-    return runner
 
 
 def _file(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
@@ -95,11 +98,13 @@ def _file(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        return error_response(_routing_error(request, error))
-    if isinstance(error, RequestValidationError):
-        return error_response(ApiError(400, "invalid_request", "the request cannot be read"))
-    known = as_api_error(error)
-    if known.status >= 500 and not isinstance(error, ApiError):
+        known = _routing_error(request, error)
+    elif isinstance(error, RequestValidationError):
+        known = ApiError(400, "invalid_request", "the request cannot be read")
+    else:
+        known = as_api_error(error)
+    request.scope["mixtral.code"] = known.code
+    if known.status >= 500 and not isinstance(error, ApiError | HTTPException):
         _log.error("request %s failed", request.scope.get("mixtral.request_id"), exc_info=error)
     return error_response(known)
 
@@ -110,5 +115,8 @@ def _routing_error(request: Request, error: HTTPException) -> ApiError:
         message = f"{show(request.method)} is not allowed here; expected {allowed}"
         return ApiError(405, "method_not_allowed", message, headers=error.headers)
     if error.status_code == 404:
-        return ApiError(404, "route_not_found", f"there is no {show(request.url.path)} on this server")
+        path = request.scope["path"]
+        reason = next((why for start, why in UNSUPPORTED.items() if f"{path}/".startswith(f"{start}/")), "")
+        message = f"there is no {show(path)} on this server"
+        return ApiError(404, "route_not_found", f"{message}: {reason}" if reason else message)
     return ApiError(error.status_code, "invalid_request", "the request cannot be read", headers=error.headers)

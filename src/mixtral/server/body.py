@@ -10,15 +10,14 @@ from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
 
+from mixtral.limits import BODY
 from mixtral.server.config import ServerConfig
 from mixtral.server.errors import ApiError, ClientGone, show
 
 __all__ = ["INLINE_BYTES", "parse_json", "read_json"]
 
 INLINE_BYTES = 64 * 1024  # larger bodies are parsed and encoded outside the event loop
-_DEPTH = 64
-_VALUES = 200_000
-_DIGITS = 64
+_DEPTH, _VALUES, _DIGITS = (BODY[bound] for bound in ("levels", "values", "characters of a number"))
 _MEDIA_TYPE = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?[ \t]*', re.IGNORECASE)
 # Possessive, and the closing quote is optional: each byte is looked at once, whatever the input.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]|[-+0-9.eE]++', re.DOTALL)

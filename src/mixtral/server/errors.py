@@ -14,6 +14,10 @@ __all__ = ["ApiError", "ClientGone", "as_api_error", "error_response", "overload
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _NO_RETRY: Mapping[str, str] = {"x-should-retry": "false"}
 _MESSAGE_LIMIT = 4000
+# Errors of any class with these codes are the client's.
+_CLIENT_CODES = frozenset(
+    {"schema_invalid", "schema_unsupported", "regex_invalid", "grammar_invalid", "grammar_too_complex"}
+)
 
 
 class ApiError(Exception):
@@ -61,8 +65,11 @@ def as_api_error(error: Exception) -> ApiError:
     """Any exception as an answer: user errors are 400 with their text, all others are 500 and say nothing internal."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestError | MessagesError | TokenizerError | CapacityError):
+    client = isinstance(error, RequestError | MessagesError | TokenizerError | CapacityError)
+    if isinstance(error, MixtralError) and (client or error.code in _CLIENT_CODES):
         return ApiError(400, error.code, str(error), param=error.param)
+    if isinstance(error, MixtralError) and error.code == "server_overloaded":
+        return overloaded(error.code, str(error), retry_after_s=2)
     if isinstance(error, NumericalError):
         message = "the model produced a number that is not finite; this request was ended, others are not affected"
         return ApiError(500, error.code, message, headers=_NO_RETRY)

@@ -9,51 +9,63 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from mixtral.server.answer import Finish, Piece, TokenText
-from mixtral.tokenizer import Tokenizer
+from mixtral.server.engine import Engine
+from mixtral.tokenizer import CallDelta, Tokenizer
+from mixtral.wire import Candidate
 
 __all__ = ["ChatReply", "CompletionReply", "Reply", "usage"]
 
 
 class Reply(Protocol):
-    """The wire format of one route."""
+    """The wire format of one route. ``head`` is in every event of a stream, ``whole_head`` in a whole body."""
 
-    def opening(self) -> list[dict[str, Any]]:
-        """Choices of the first event, or none."""
+    head: dict[str, Any]
+    whole_head: dict[str, Any]
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first event's choice, if there is one."""
         ...
 
     def changes(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         """Choices of the events for one piece, one event each."""
         ...
 
-    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """The choice in a whole body."""
         ...
 
-    def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """One stream event."""
-        ...
 
-    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole body."""
-        ...
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """Token counts: all ids of the prompts, and every sampled token of every choice, end tokens included."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Token counts: all ids of the prompts, and every sampled token, end tokens included."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+def _head(prefix: str, engine: Engine, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": engine.name,
+        "system_fingerprint": engine.fingerprint,
+    }
 
 
 class ChatReply:
     """``chat.completion`` and ``chat.completion.chunk`` objects of one answer."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        self._tokenizer = tokenizer
+    def __init__(self, engine: Engine, *, logprobs: bool) -> None:
+        self.head = _head("chatcmpl", engine, "chat.completion.chunk")
+        self.whole_head = self.head | {"object": "chat.completion"}
+        self._tokenizer = engine.tokenizer
         self._logprobs = logprobs
 
-    def opening(self) -> list[dict[str, Any]]:
-        return [self._change(0, {"role": "assistant", "content": ""}, ())]
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return self._change(index, {"role": "assistant", "content": ""}, ())
 
     def changes(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         made = []
@@ -61,38 +73,25 @@ class ChatReply:
         if piece.text:
             made.append(self._change(index, {"content": piece.text}, tokens))
             tokens = ()
-        for place, call in enumerate(piece.calls):
-            head = {"index": place, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
-            rest = {"index": place, "function": {"arguments": call.arguments}}
-            made.append(self._change(index, {"tool_calls": [head]}, ()))
-            made.append(self._change(index, {"tool_calls": [rest]}, ()))
+        for call in piece.calls:
+            made.append(self._change(index, {"tool_calls": [_call_change(call)]}, tokens))
+            tokens = ()
         if piece.finish_reason or tokens:
             made.append(self._change(index, {}, tokens, piece.finish_reason))
         return made
 
-    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
-        calls = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for piece in pieces
-            for call in piece.calls
-        ]
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        calls = _calls(piece.calls)
+        content = piece.text if piece.text or not calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
             message["tool_calls"] = calls
-        tokens = [token for piece in pieces for token in piece.tokens]
         return {
             "index": index,
             "message": message,
-            "logprobs": self._listed(tokens) if self._logprobs else None,
-            "finish_reason": pieces[-1].finish_reason,
+            "logprobs": self._listed(piece.tokens) if self._logprobs else None,
+            "finish_reason": piece.finish_reason,
         }
-
-    def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
-
-    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion", "choices": choices}
 
     def _change(
         self, index: int, delta: dict[str, Any], tokens: Sequence[TokenText], finish: Finish | None = None
@@ -115,49 +114,70 @@ class ChatReply:
 class CompletionReply:
     """``text_completion`` objects of one or more answers."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, *, logprobs: bool) -> None:
-        self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._tokenizer = tokenizer
+    def __init__(self, engine: Engine, *, logprobs: bool) -> None:
+        self.head = self.whole_head = _head("cmpl", engine, "text_completion")
+        self._tokenizer = engine.tokenizer
         self._logprobs = logprobs
 
-    def opening(self) -> list[dict[str, Any]]:
-        return []
+    def opening(self, index: int) -> dict[str, Any] | None:
+        return None
 
     def changes(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         if not (piece.text or piece.tokens or piece.finish_reason):
             return []
-        return [self._choice(index, piece.text, piece.tokens, piece.finish_reason)]
+        return [self.choice(index, piece)]
 
-    def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        return self._choice(index, text, tokens, pieces[-1].finish_reason)
-
-    def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "choices": choices}
-
-    def whole(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "choices": choices}
-
-    def _choice(self, index: int, text: str, tokens: Sequence[TokenText], finish: Finish | None) -> dict[str, Any]:
-        listed = self._listed(tokens) if self._logprobs else None
-        return {"index": index, "text": text, "logprobs": listed, "finish_reason": finish}
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        listed = self._listed(piece.tokens) if self._logprobs else None
+        return {"index": index, "text": piece.text, "logprobs": listed, "finish_reason": piece.finish_reason}
 
     def _listed(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
         return {
-            "tokens": [_readable(token.surface) for token in tokens],
-            "token_logprobs": [_finite(token.event.logprob) for token in tokens],
-            "top_logprobs": [
-                {_readable(self._tokenizer.token_bytes(c.id)): _finite(c.logprob) for c in token.event.top}
-                for token in tokens
-            ],
+            "tokens": [self._name(token.event.id) for token in tokens],
+            "token_logprobs": [None if t.event.logprob is None else _finite(t.event.logprob) for t in tokens],
+            "top_logprobs": [self._top(token) for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
+
+    def _top(self, token: TokenText) -> dict[str, float] | None:
+        """The most likely tokens and the one that was chosen; of tokens that look alike, the likeliest."""
+        if token.event.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for candidate in (*token.event.top, Candidate(token.event.id, token.event.logprob)):
+            found.setdefault(self._name(candidate.id), _finite(candidate.logprob))
+        return found
+
+    def _name(self, id: int) -> str:
+        return _name(self._tokenizer, id)
+
+
+def _name(tokenizer: Tokenizer, id: int) -> str:
+    """The text of a token; control tokens have none and are shown by their name."""
+    return _readable(tokenizer.token_bytes(id)) or tokenizer.piece(id)
+
+
+def _call_change(call: CallDelta) -> dict[str, Any]:
+    if not call.name:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"index": call.index, "id": call.id, "type": "function", "function": function}
+
+
+def _calls(deltas: Sequence[CallDelta]) -> list[dict[str, Any]]:
+    """Whole calls. Arguments are the model's own text, cut off where the answer was."""
+    arguments: dict[int, list[str]] = {}
+    for delta in deltas:
+        arguments.setdefault(delta.index, []).append(delta.arguments)
+    return [
+        {
+            "id": delta.id,
+            "type": "function",
+            "function": {"name": delta.name, "arguments": "".join(arguments[delta.index])},
+        }
+        for delta in deltas
+        if delta.name
+    ]
 
 
 def _readable(surface: bytes) -> str:

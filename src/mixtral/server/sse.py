@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,13 +23,15 @@ T = TypeVar("T")
 
 _log = logging.getLogger("mixtral.server")
 # Some clients split lines at these as well.
-_LINE_ENDS = {place: f"\\u{place:04x}" for place in (0x85, 0x2028, 0x2029)}
+_LINE_ENDS = {chr(place).encode(): f"\\u{place:04x}".encode() for place in (0x85, 0x2028, 0x2029)}
 
 
 def frame(data: Mapping[str, Any]) -> bytes:
     """One event with ``data`` as JSON on one line."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text.translate(_LINE_ENDS)}\n\n".encode()
+    text = msgspec.json.encode(data)
+    for end, escape in _LINE_ENDS.items():
+        text = text.replace(end, escape)
+    return b"data: %b\n\n" % text
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -91,6 +93,7 @@ class EventStream(Response):
             if not started:
                 raise
             known = as_api_error(error)
+            scope["mixtral.code"] = known.code
             if not isinstance(error, ApiError) and known.status >= 500:
                 _log.exception("request %s failed", scope.get("mixtral.request_id"), exc_info=error)
             yield frame(known.body())

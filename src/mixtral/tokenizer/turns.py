@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mixtral.errors import MessagesError
+from mixtral.limits import PARTS
 from mixtral.tokenizer.calls import FUNCTION_NAME, ToolCall
 
 __all__ = ["Role", "Turn", "read_tools", "read_turns"]
 
+_PARTS = int(PARTS["messages[].content"].high or 0)
+_CALLS = int(PARTS["messages[].tool_calls"].high or 0)
 Role = Literal["system", "user", "assistant", "tool"]
 _ROLES: dict[object, Role] = {role: role for role in get_args(Role)} | {"developer": "system"}
 _KEYS: dict[Role, set[str]] = {
@@ -105,6 +108,9 @@ def _read_assistant(members: Mapping[str, Any], where: str, text: str, *, last: 
     listed = members.get("tool_calls", ())
     if not isinstance(listed, Sequence):
         raise _wrong(f"{where}.tool_calls", listed, "a list of function calls")
+    if len(listed) > _CALLS:
+        message = f"{where}.tool_calls has {len(listed)} calls; expected at most {_CALLS}"
+        raise MessagesError(message, param=f"{where}.tool_calls")
     calls = tuple(
         _read_call(call, f"{where}.tool_calls[{place}]", needs_id=not (for_training and last))
         for place, call in enumerate(listed)
@@ -187,6 +193,8 @@ def _text(content: Any, where: str) -> str:
         return content
     if not isinstance(content, Sequence):
         raise _wrong(where, content, "text or a list of text parts")
+    if len(content) > _PARTS:
+        raise MessagesError(f"{where} has {len(content)} parts; expected at most {_PARTS}", param=where)
     parts = []
     for place, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text":

@@ -1,5 +1,6 @@
 """Messages that cross the border between text and token ids. No torch."""
 
+from mixtral.wire.channel import Channel, ChannelClosedError, ChannelError, Frames, frames_of
 from mixtral.wire.messages import (
     Abort,
     Candidate,
@@ -13,6 +14,7 @@ from mixtral.wire.messages import (
     PromptScores,
     PromptToken,
     Routing,
+    Start,
     Started,
     Stats,
     Submit,
@@ -26,10 +28,14 @@ from mixtral.wire.sampling import SamplingParams
 __all__ = [
     "Abort",
     "Candidate",
+    "Channel",
+    "ChannelClosedError",
+    "ChannelError",
     "Constraint",
     "Done",
     "Failed",
     "FinishReason",
+    "Frames",
     "FromEngine",
     "Heartbeat",
     "Hello",
@@ -37,6 +43,7 @@ __all__ = [
     "PromptToken",
     "Routing",
     "SamplingParams",
+    "Start",
     "Started",
     "Stats",
     "Submit",
@@ -44,4 +51,5 @@ __all__ = [
     "TokenEvent",
     "Tokens",
     "Update",
+    "frames_of",
 ]

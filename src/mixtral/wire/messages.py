@@ -21,6 +21,7 @@ __all__ = [
     "PromptScores",
     "PromptToken",
     "Routing",
+    "Start",
     "Started",
     "Stats",
     "Submit",
@@ -51,6 +52,33 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     continues: bool = False
 
 
+class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", forbid_unknown_fields=True):
+    """The first message to an engine process: what to load, as in ``mixtral.load``, and how to run it.
+
+    None takes the default. ``max_model_len`` may only shorten the context. ``cache_bytes`` is the memory for keys and
+    values. ``parent`` is the process that the engine must not outlive. ``faults`` are failpoints, for tests alone.
+    """
+
+    model: str = "embedded"
+    name: str | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    threads: int | None = None
+    decode: bool = False
+    reference: bool = False
+    kv_dtype: str | None = None
+    packed_cache: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    cache_bytes: int | None = None
+    prefix_cache: bool = True
+    log: Literal["text", "json"] = "text"
+    parent: int | None = None
+    beat_s: float = 1.0
+    faults: tuple[str, ...] = ()
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     """A request for an engine: ``n`` answers to each prompt. Answer c to prompt p is the sequence ``p * n + c``.
 
@@ -71,9 +99,11 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
-    """Forget a request. Nothing more comes for it; one that is unknown or finished is left alone."""
+    """Forget a request, or only one ``sequence`` of it. Nothing more comes for it; one that is unknown or finished is
+    left alone. When the other sequences of a request are finished it is done, as if this one had not been asked for."""
 
     request: str
+    sequence: int | None = None
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,13 +220,17 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
-    """Sent at least once a second by a thread of its own; ``step_age`` is how long the present step has lasted."""
+    """Sent about once a second by a thread of its own; ``step_age`` is how long the present step has lasted.
+
+    ``seconds`` is what each step took that ended since the last one.
+    """
 
     step: int
     step_age: float
     stats: Stats
+    seconds: list[float] = []
 
 
 Update = Started | PromptScores | Tokens | Done | Failed
-ToEngine = Submit | Abort
+ToEngine = Start | Submit | Abort
 FromEngine = Hello | Heartbeat | Started | PromptScores | Tokens | Done | Failed

@@ -1,4 +1,4 @@
-"""One request at a time: the queue, clients that leave, slow readers, and the end of the server. Over a real socket."""
+"""The queue, time limits, clients that leave, slow readers, and the end of the server. Over a real socket."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import httpx
 import pytest
 from checks import check_error, events
 from fake import MESSAGES, FakeEngine, listening, wait_until
+from threaded import ThreadEngine
 
 from mixtral.errors import ConfigError
 from mixtral.server import Server, ServerConfig, serve
-from mixtral.server.engine import Runner
 from mixtral.server.errors import ApiError
-from mixtral.wire import SamplingParams
+from mixtral.wire import SamplingParams, Submit
 
 GOOD = {"model": "fake", "messages": MESSAGES}
 PATH = "/v1/chat/completions"
@@ -87,15 +87,34 @@ def test_a_full_queue_is_a_503_at_once(engine: FakeEngine, pool: ThreadPoolExecu
     assert engine.opened == engine.closed == 4
 
 
-def test_a_queue_of_nothing_still_runs_one(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
-    with listening(engine, ServerConfig(port=0, queue_size=0)) as address:
+def test_a_queue_of_one_runs_one(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
+    with listening(engine, ServerConfig(port=0, queue_size=1)) as address:
         first = pool.submit(post, address)
         wait_until(lambda: engine.opened == 1)
-        assert post(address).status_code == 503
+        second = pool.submit(post, address)
+        time.sleep(0.1)
+        check_error(post(address), 503, "server_overloaded", None)
         release(engine)
-        assert first.result().status_code == 200
-        wait_until(lambda: engine.closed == 1)
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
+        wait_until(lambda: engine.closed == 2)
         assert post(address).status_code == 200
+
+
+def test_the_queue_is_bounded_in_tokens(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
+    with listening(engine, ServerConfig(port=0, queue_tokens=100)) as address:
+
+        def send(**fields: object) -> httpx.Response:
+            return httpx.post(address + "/v1/completions", json={"model": "fake", **fields}, timeout=20)
+
+        first = pool.submit(send, prompt=[5] * 60)
+        wait_until(lambda: engine.opened == 1)
+        second = pool.submit(send, prompt=[5] * 60)
+        time.sleep(0.1)
+        check_error(send(prompt=[5] * 60), 503, "server_overloaded", None)
+        third = pool.submit(send, prompt=[5] * 40)
+        check_error(send(prompt=[[5] * 60, [6] * 60]), 400, "request_exceeds_cache", "prompt")
+        release(engine)
+        assert [each.result().status_code for each in (first, second, third)] == [200] * 3
 
 
 def test_requests_run_in_order_of_arrival_and_alone(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
@@ -157,7 +176,7 @@ def test_a_client_that_leaves_the_queue_is_never_run(
 def test_a_reader_that_stands_still_is_dropped(engine: FakeEngine) -> None:
     release(engine)
     engine.context, engine.reply = 10**6, engine.tokenizer.encode("word") * 60_000
-    config = ServerConfig(port=0, stall_timeout_s=0.3, buffer_tokens=16)
+    config = ServerConfig(port=0, stall_timeout_s=0.3)
     with listening(engine, config) as address:
         with raw(address, stream=True, max_tokens=200_000, logprobs=True, top_logprobs=20):
             wait_until(lambda: engine.closed == 1, timeout_s=15)
@@ -188,17 +207,6 @@ def test_a_request_that_takes_too_long_ends(engine: FakeEngine) -> None:
         wait_until(lambda: engine.closed == 2)
 
 
-def test_too_many_open_requests_are_refused(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
-    with listening(engine, ServerConfig(port=0, open_requests=2)) as address:
-        asked = [pool.submit(post, address) for _ in range(2)]
-        wait_until(lambda: engine.opened == 1)
-        time.sleep(0.1)
-        check_error(httpx.get(address + "/health"), 503, "too_many_connections", None)
-        release(engine)
-        assert [each.result().status_code for each in asked] == [200, 200]
-        assert httpx.get(address + "/health").status_code == 200
-
-
 def test_a_stopping_server_finishes_what_it_has(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
     with listening(engine, ServerConfig(port=0, drain_s=20)) as address:
         asked = [pool.submit(post, address, stream=stream) for stream in (True, False)]
@@ -224,11 +232,11 @@ def test_what_does_not_finish_in_time_gets_an_error(engine: FakeEngine, pool: Th
     assert engine.opened == engine.closed == 1
 
 
-def test_a_draining_runner_takes_no_request(engine: FakeEngine) -> None:
+def test_a_draining_engine_takes_no_request(engine: FakeEngine) -> None:
     async def run() -> None:
-        runner = Runner(engine, ServerConfig())
+        runner = ThreadEngine(engine, ServerConfig())
         runner.drain()
-        async with runner.run([[1]], SamplingParams()):
+        async with runner.run(Submit(request="a", prompts=[[1]], params=SamplingParams())):
             pass
 
     with pytest.raises(ApiError, match="shutting down") as caught:
@@ -239,7 +247,7 @@ def test_a_draining_runner_takes_no_request(engine: FakeEngine) -> None:
 
 def test_a_port_in_use_is_one_clear_error(engine: FakeEngine) -> None:
     with listening(engine) as address, pytest.raises(ConfigError, match="another server") as caught:
-        serve(engine, ServerConfig(port=urlsplit(address).port or 0))
+        serve(ThreadEngine(engine, ServerConfig()), ServerConfig(port=urlsplit(address).port or 0))
     assert caught.value.param == "port"
 
 
@@ -257,9 +265,11 @@ PROGRAM = """
 import sys
 sys.path[:0] = [{tests!r}]
 from fake import FakeEngine
+from threaded import ThreadEngine
 from mixtral.server import ServerConfig, serve
-engine = FakeEngine("one two three " * 100, delay_s=0.02)
-serve(engine, ServerConfig(port=0, drain_s=20), on_ready=lambda url: print(url, flush=True))
+config = ServerConfig(port=0, drain_s=20)
+engine = ThreadEngine(FakeEngine("one two three " * 100, delay_s=0.02), config)
+serve(engine, config, on_ready=lambda url: print(url, flush=True))
 print("after")
 """
 
@@ -288,4 +298,4 @@ def test_the_server_says_where_it_is(engine: FakeEngine) -> None:
     with listening(engine, ServerConfig(port=0, host="localhost")) as address:
         assert address.startswith("http://127.0.0.1:")
         assert httpx.get(address + "/health").headers.get("server") is None
-    assert Server(engine, ServerConfig()).stopped_by is None
+    assert Server(ThreadEngine(engine, ServerConfig()), ServerConfig()).stopped_by is None

@@ -1,0 +1,94 @@
+"""From the first message to an engine process to the engine that it asks for, and what that engine says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from mixtral import __version__
+from mixtral.api import LLM, folder_of, load
+from mixtral.engine.config import EngineConfig
+from mixtral.engine.engine import Engine
+from mixtral.errors import ConfigError
+from mixtral.grammar import Grammar
+from mixtral.wire import Hello, Start
+
+__all__ = ["build_engine", "fingerprint"]
+
+_WEIGHTS = ("*.safetensors", "*.gguf", "*.json")
+_SAMPLE_BYTES = 1 << 16
+
+
+def build_engine(start: Start) -> tuple[Engine, Hello]:
+    """Load the model and make its engine.
+
+    Raises:
+        ConfigError, CheckpointError, TokenizerError: as ``mixtral.load``, or a size does not fit the model.
+    """
+    config = _config(start)
+    llm = load(
+        start.model,
+        device=start.device,
+        dtype=start.dtype,
+        threads=start.threads,
+        name=start.name,
+        decode=start.decode,
+        reference=start.reference,
+        kv_dtype=start.kv_dtype,
+        packed_cache=start.packed_cache,
+    )
+    context = _context(llm, start.max_model_len)
+    tokenizer = llm.tokenizer  # a model without one cannot be served
+    engine = Engine(llm.generator.model, config, Grammar(tokenizer))
+    hello = Hello(
+        name=llm.name,
+        context=context,
+        vocab_size=llm.vocab_size,
+        layers=llm.config.num_hidden_layers,
+        experts=llm.config.num_local_experts,
+        tokenizer=tokenizer.version,
+        respell=dict(tokenizer.respell),
+        cache_tokens=engine.cache_tokens,
+        fingerprint=fingerprint(folder_of(start.model), tokenizer.sha256, start),
+    )
+    return engine, hello
+
+
+def fingerprint(model: Path, tokenizer: str, start: Start) -> str:
+    """Equal where the same request gets the same answer: version, weights, tokenizer and how the numbers are held.
+
+    Of the files of weights, their names, sizes, beginnings and ends count.
+    """
+    held = (start.device, start.dtype, start.decode, start.reference, start.kv_dtype)
+    digest = hashlib.sha256(msgspec.msgpack.encode((__version__, tokenizer, held)))
+    files = [model] if model.is_file() else sorted({path for one in _WEIGHTS for path in model.glob(one)})
+    for path in files:
+        size = path.stat().st_size
+        digest.update(msgspec.msgpack.encode((path.name, size)))
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return f"fp_{digest.hexdigest()[:16]}"
+
+
+def _config(start: Start) -> EngineConfig:
+    default = EngineConfig()
+    return EngineConfig(
+        cache_bytes=start.cache_bytes,
+        max_num_seqs=start.max_num_seqs or default.max_num_seqs,
+        max_num_batched_tokens=start.max_num_batched_tokens or default.max_num_batched_tokens,
+        prefix_cache=start.prefix_cache,
+    )
+
+
+def _context(llm: LLM, wanted: int | None) -> int:
+    if wanted is None:
+        return llm.context
+    if not 1 <= wanted <= llm.context:
+        raise ConfigError(
+            f"max_model_len is {wanted}; expected 1 to {llm.context}, the context of this model", param="max_model_len"
+        )
+    return wanted

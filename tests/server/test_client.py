@@ -1,0 +1,305 @@
+"""The client by itself: buffers of slow readers, quarantine, engines in a thread, and one that turns into another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import pytest
+from steps import HELLO, MARK, StepEngine, answer
+
+from mixtral.engine.loop import EngineThread
+from mixtral.errors import EngineError
+from mixtral.server import Client, ServerConfig
+from mixtral.server.client import ClientRun, Quarantine
+from mixtral.server.errors import ApiError
+from mixtral.wire import (
+    Constraint,
+    Done,
+    Failed,
+    PromptScores,
+    PromptToken,
+    SamplingParams,
+    Started,
+    Submit,
+    TokenEvent,
+    Tokens,
+    Update,
+)
+
+
+def submission(prompt: list[int], request: str = "a", max_tokens: int = 10, **fields: Any) -> Submit:
+    return Submit(request=request, prompts=[prompt], params=SamplingParams(max_tokens=max_tokens), **fields)
+
+
+def tokens(*ids: int) -> Tokens:
+    return Tokens(request="a", events=[TokenEvent(sequence=0, id=id) for id in ids])
+
+
+# --- buffers ----------------------------------------------------------------------------------------------------------
+
+
+def buffered(updates: list[Update], config: ServerConfig | None = None) -> tuple[ClientRun, list[ClientRun]]:
+    """A run that got these updates before anybody read, and those that were dropped."""
+    dropped: list[ClientRun] = []
+    run = ClientRun(submission([1]), config or ServerConfig(), drop=dropped.append)
+    for update in updates:
+        run.put(update)
+    return run, dropped
+
+
+async def drained(run: ClientRun) -> list[Update | None]:
+    return [update async for update in run]
+
+
+def test_tokens_that_wait_are_put_together() -> None:
+    async def act() -> list[Update | None]:
+        run, _ = buffered([Started(request="a", cached=(0,)), tokens(1), tokens(2, 3), tokens(4), Done(request="a")])
+        return await drained(run)
+
+    assert asyncio.run(act()) == [Started(request="a", cached=(0,)), tokens(1, 2, 3, 4), Done(request="a")]
+
+
+def test_an_error_comes_after_what_came_before_it() -> None:
+    async def act() -> None:
+        run, _ = buffered([tokens(1), Failed(request="a", code="numerical_error", message="why")])
+        assert await anext(run) == tokens(1)
+        for _ in range(2):
+            with pytest.raises(ApiError) as caught:
+                await anext(run)
+            assert (caught.value.status, caught.value.code, caught.value.message) == (500, "numerical_error", "why")
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("request_exceeds_cache", 400), ("grammar_invalid", 400), ("grammar_failed", 500), ("what_is_this", 500)],
+)
+def test_codes_of_the_engine_have_a_status(code: str, status: int) -> None:
+    async def act() -> ApiError:
+        run, _ = buffered([Failed(request="a", code=code, message="m", param="p")])
+        with pytest.raises(ApiError) as caught:
+            await anext(run)
+        return caught.value
+
+    error = asyncio.run(act())
+    assert (error.status, error.code, error.param) == (status, code, "p")
+    assert ("x-should-retry" in error.headers) == (status == 500)
+
+
+def test_a_pause_is_none_and_loses_nothing() -> None:
+    async def act() -> list[Update | None]:
+        run, _ = buffered([], ServerConfig(wait_note_s=0.05))
+        first = await anext(run)
+        run.put(tokens(1))
+        second = await anext(run)
+        waits = asyncio.ensure_future(anext(run))
+        await asyncio.sleep(0)
+        waits.cancel()  # a reader that gave up, and comes again
+        await asyncio.gather(waits, return_exceptions=True)
+        run.put(tokens(2))
+        run.put(Done(request="a"))
+        return [first, second, *await drained(run)]
+
+    assert asyncio.run(act()) == [None, tokens(1), tokens(2), Done(request="a")]
+
+
+def test_a_reader_far_behind_is_dropped_at_once_and_frees_the_memory() -> None:
+    async def act() -> None:
+        run, dropped = buffered([tokens(*range(100))] * 50, ServerConfig(buffer_bytes=1024))
+        assert dropped[0] is run
+        assert run._bytes < 16 * 1024 + 100 * 200
+        assert run._waiting.__len__() <= 1
+
+    asyncio.run(act())
+
+
+def test_a_reader_somewhat_behind_has_time_to_catch_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("mixtral.server.client.time.monotonic", lambda: now[0])
+    config = ServerConfig(buffer_bytes=1024, stall_timeout_s=5)
+
+    async def act() -> tuple[int, int]:
+        slow, dropped = buffered([tokens(*range(20))], config)
+        now[0] = 4.0
+        slow.put(tokens(1))
+        assert dropped == []
+        await anext(slow)
+        now[0] = 6.0
+        slow.put(tokens(*range(20)))  # the time begins anew
+        now[0] = 10.0
+        slow.put(tokens(1))
+        caught_up = len(dropped)
+        now[0] = 12.0
+        slow.put(tokens(1))
+        return caught_up, len(dropped)
+
+    assert asyncio.run(act()) == (0, 1)
+
+
+def test_scores_of_a_long_prompt_are_no_stall() -> None:
+    async def act() -> list[ClientRun]:
+        scores = PromptScores(request="a", prompt=0, tokens=[PromptToken(id=1)] * 30_000)
+        return buffered([scores, tokens(1)], ServerConfig(buffer_bytes=1024))[1]
+
+    assert asyncio.run(act()) == []
+
+
+# --- quarantine -------------------------------------------------------------------------------------------------------
+
+
+def test_two_recent_deaths_make_a_quarantine() -> None:
+    now = [0.0]
+    quarantine = Quarantine(600.0, clock=lambda: now[0])
+    killer, other = submission([1, 2]), submission([3])
+    quarantine.note([killer, killer, other])
+    assert not quarantine.holds(killer)  # once, however often it was there
+    now[0] = 10.0
+    quarantine.note([killer, submission([4])])
+    assert quarantine.holds(killer)
+    assert not quarantine.holds(other)
+    now[0] = 601.0
+    assert not quarantine.holds(killer)
+    quarantine.note([killer])
+    assert quarantine.holds(killer)
+
+
+def test_what_makes_two_requests_the_same() -> None:
+    base = submission([1, 2])
+    key = Quarantine.key
+    replace = msgspec.structs.replace
+    same = [
+        replace(base, request="b", scope="x", priority=3),
+        replace(base, params=replace(base.params, seed=7)),
+    ]
+    others = [
+        submission([1, 2, 3]),
+        submission([1, 2], max_tokens=11),
+        replace(base, n=2),
+        replace(base, constraint=Constraint(text="x")),
+        replace(base, params=replace(base.params, temperature=0.5)),
+    ]
+    assert {key(each) for each in same} == {key(base)}
+    assert len({key(each) for each in [base, *others]}) == 1 + len(others)
+
+
+# --- engines in a thread ----------------------------------------------------------------------------------------------
+
+
+def with_client(
+    act: Callable[[Client], Awaitable[None]], *engines: Callable[[], Any], config: ServerConfig | None = None
+) -> Client:
+    """Run ``act`` with a client over engines in threads: each start takes the next one, or the last again."""
+    left = list(engines or [lambda: (StepEngine(), HELLO)])
+
+    async def run() -> Client:
+        make = lambda: EngineThread(left.pop(0) if len(left) > 1 else left[0], beat_s=0.02)  # noqa: E731
+        client = Client(make, config or ServerConfig())
+        await client.start()
+        try:
+            await client.until_ready()
+            await act(client)
+        finally:
+            await client.close()
+        return client
+
+    return asyncio.run(run())
+
+
+async def generated(client: Client, submit: Submit) -> list[int]:
+    async with client.run(submit) as run:
+        updates = [update async for update in run]
+    assert isinstance(updates[0], Started)
+    assert isinstance(updates[-1], Done)
+    return [event.id for each in updates if isinstance(each, Tokens) for event in each.events]
+
+
+def test_many_requests_at_once_over_one_channel() -> None:
+    async def act(client: Client) -> None:
+        submits = [submission([n, n + 1], f"r{n}", 30) for n in range(50)]
+        found = await asyncio.gather(*(generated(client, submit) for submit in submits))
+        assert found == [answer([n, n + 1], 30) for n in range(50)]
+        assert not client.busy
+
+    with_client(act)
+
+
+def test_leaving_the_block_ends_the_request_in_the_engine() -> None:
+    engine = StepEngine(delay_s=0.002)
+
+    async def act(client: Client) -> None:
+        async with client.run(submission([1], max_tokens=4000)) as run:
+            async for update in run:
+                if isinstance(update, Tokens):
+                    break
+        assert await generated(client, submission([2], "b")) == answer([2], 10)
+        assert engine.requests == {}
+
+    with_client(act, lambda: (engine, HELLO))
+
+
+def test_before_it_is_ready_everything_says_so() -> None:
+    async def act() -> None:
+        client = Client(lambda: EngineThread(lambda: (StepEngine(), HELLO)), ServerConfig())
+        for get in (lambda: client.name, lambda: client.tokenizer, lambda: client.context, lambda: client.fingerprint):
+            with pytest.raises(ApiError) as caught:
+                get()
+            assert (caught.value.status, caught.value.code) == (503, "model_loading")
+        with pytest.raises(ApiError, match="being loaded"):
+            await client.run(submission([1])).__aenter__()
+        await client.start()
+        await client.until_ready()
+        assert (client.name, client.context, client.layers, client.experts) == ("steps", 4096, 2, 4)
+        assert client.tokenizer.version == "v3"
+        await client.close()
+        with pytest.raises(ApiError, match="shutting down"):
+            await client.run(submission([1])).__aenter__()
+
+    asyncio.run(act())
+
+
+def test_an_engine_that_became_another_model_is_not_used() -> None:
+    other = msgspec.structs.replace(HELLO, fingerprint="fp_other")
+    smaller = msgspec.structs.replace(HELLO, cache_tokens=100)
+
+    def failing() -> Any:
+        engine = StepEngine()
+        engine.step = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        return engine, HELLO
+
+    async def act(client: Client) -> None:
+        with pytest.raises(ApiError):
+            await generated(client, submission([1]))
+        error = await asyncio.wait_for(client.until_ended(), 10)
+        assert isinstance(error, EngineError)
+        assert client.state == "dead"
+
+    with_client(act, failing, lambda: (StepEngine(), other), config=ServerConfig(engine_deaths=2))
+
+    async def goes_on(client: Client) -> None:
+        with pytest.raises(ApiError):
+            await generated(client, submission([1]))
+        while client.state != "ready":
+            await asyncio.sleep(0.01)
+        assert await generated(client, submission([1])) == answer([1], 10)
+        assert client.cache_tokens == 100
+
+    with_client(goes_on, failing, lambda: (StepEngine(), smaller))
+
+
+def test_aborting_ends_what_is_open_with_the_reason() -> None:
+    async def act(client: Client) -> None:
+        async with client.run(submission([MARK], max_tokens=4000)) as run:
+            await anext(run)
+            client.drain()
+            assert client.state == "draining"
+            assert client.busy
+            client.abort()
+            with pytest.raises(ApiError, match="shutting down"):
+                await drained(run)
+        assert not client.busy
+
+    with_client(act, lambda: (StepEngine(delay_s=0.005), HELLO))
