@@ -176,5 +176,3 @@ def written(submit: Submit, index: int) -> list[TokenEvent]:
         last = next_state(total, token, position)
         total = (total + last) & _WORD
     return events
-
-

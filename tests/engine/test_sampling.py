@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import choosing
 import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as peers
 
-import choosing
 from mixtral.engine.sampling import History, NoTokenError, _draw, choose, distribution, log_softmax, score, uniform
 from mixtral.errors import NumericalError
 from mixtral.wire import SamplingParams
@@ -205,7 +205,7 @@ def test_full_vocabulary_top_p_equals_brute_force() -> None:
 
 # --- the fast steps against the plain ones ----------------------------------------------------------------------------
 
-SIZES = (50, 2048, 5000, 32768)
+SIZES = (50, 2048, 32768)
 FIELDS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
@@ -233,7 +233,13 @@ def rows(size: int, seed: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     shared = rng.normal(0, 3, size)
     shared[size // 3 :] = shared[0]  # as the ids that were not trained have
-    found = [rng.normal(0, 2, size), rng.normal(0, 9, size), rng.integers(-3, 4, size), rng.normal(0, 0.01, size), shared]
+    found = [
+        rng.normal(0, 2, size),
+        rng.normal(0, 9, size),
+        rng.integers(-3, 4, size),
+        rng.normal(0, 0.01, size),
+        shared,
+    ]
     return [one.astype(np.float32) for one in found]
 
 
@@ -250,7 +256,7 @@ def test_the_choice_is_that_of_the_definition(fields: dict[str, Any], size: int)
         expected_ids, expected_probs = choosing.kept(logits, params, prompt, output)
         assert ids.tolist() == expected_ids.tolist()
         assert probs == pytest.approx(expected_probs, rel=1e-12)
-        for position in range(8):
+        for position in range(4):
             draw = {"seed": 17 * number, "sequence": 2, "position": position}
             found = choose(logits, params, past, **draw)
             assert found.id == choosing.choose(logits, params, prompt, output, **draw)

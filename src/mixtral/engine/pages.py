@@ -61,7 +61,9 @@ class PageAllocator:
     ``hash`` makes the keys of published pages. It decides nothing: a hit also compares tokens and scope.
     """
 
-    def __init__(self, total: int, *, publish: bool = True, hash: Callable[[bytes, bytes, str], bytes] = digest) -> None:
+    def __init__(
+        self, total: int, *, publish: bool = True, hash: Callable[[bytes, bytes, str], bytes] = digest
+    ) -> None:
         self.total = total
         self.caching = publish
         self._hash = hash

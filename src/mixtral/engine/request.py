@@ -104,6 +104,9 @@ class Request:
         submit = self.submit
         if submit.routing:
             most = min(most, sequence.routed)
-        if submit.params.prompt_logprobs is not None and (scored := self.scored[sequence.prompt]) < sequence.prompt_length:
+        if (
+            submit.params.prompt_logprobs is not None
+            and (scored := self.scored[sequence.prompt]) < sequence.prompt_length
+        ):
             most = min(most, scored - 1)
         return most

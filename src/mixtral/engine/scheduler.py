@@ -224,7 +224,9 @@ class Scheduler:
                 if sequence.phase is not Phase.RUNNING and (owned or sequence.computed):
                     raise RuntimeError(f"sequence {sequence.number} waits and has {owned} pages")
                 if not pages_for(sequence.computed) <= owned <= pages_for(len(sequence.tokens)):
-                    raise RuntimeError(f"sequence {sequence.number} has {owned} pages for {len(sequence.tokens)} tokens")
+                    raise RuntimeError(
+                        f"sequence {sequence.number} has {owned} pages for {len(sequence.tokens)} tokens"
+                    )
         if len(self.running) > self.config.max_num_seqs:
             raise RuntimeError(f"{len(self.running)} sequences run; at most {self.config.max_num_seqs} may")
         if self.pages.available < self._reserved():
