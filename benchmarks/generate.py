@@ -21,6 +21,8 @@ import torch
 import transformers
 
 from mixtral.config import MixtralConfig, preset
+from mixtral.engine.config import EngineConfig
+from mixtral.engine.engine import Engine
 from mixtral.engine.generator import Generator
 from mixtral.model.mixtral import Mixtral
 from mixtral.wire import SamplingParams
@@ -42,7 +44,7 @@ def random_model(config: MixtralConfig, dtype: torch.dtype) -> Mixtral:
 
 
 def our_side(model: Mixtral) -> Side:
-    generator = Generator(model)
+    generator = Generator(Engine(model, EngineConfig(prefix_cache=False, speculation=False)))
 
     def ids(prompt: list[int], steps: int) -> Iterator[int]:
         params = SamplingParams(temperature=0.0, max_tokens=steps + 1, stop_ids=())

@@ -49,7 +49,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "api": ({"results", "compiled", "model", "ops", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
     # The peers are imported in interpreters of theirs, by a script that imports nothing of mixtral.
     "bench": (
-        {"api", "ops", "weights", "files", "quant", "plan"},
+        {"api", "engine", "ops", "weights", "files", "quant", "plan"},
         {"torch", "numpy", "matplotlib", "llama_cpp", "transformers", "vllm"},
     ),
     "build": ({"api", "engine", "grammar", "wire"}, {"msgspec"}),

@@ -19,6 +19,7 @@ from mixtral import ops
 from mixtral.api import folder_of
 from mixtral.compiled import compile_model
 from mixtral.desk.write import document
+from mixtral.engine.engine import Engine
 from mixtral.engine.generator import Generator
 from mixtral.model import Batch, Documents, Mixtral
 from mixtral.quant.encode import encode_rows
@@ -131,7 +132,7 @@ def test_greedy_text(kind: str) -> None:
     assert len(prompts) == PROMPTS
     params = mixtral.SamplingParams(max_tokens=TOKENS, temperature=0.0)
     answers: list[list[int]] = [[] for _ in prompts]
-    for event in Generator(compiled(source, kind)).stream(prompts, params):
+    for event in Generator(Engine(compiled(source, kind))).stream(prompts, params):
         answers[event.sequence].append(event.id)
     model, gaps = reference(source, kind), []
     for prompt, answer in zip(prompts, answers, strict=True):

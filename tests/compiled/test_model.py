@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixtral.compiled import KV_DTYPES, compile_model
 from mixtral.config import MixtralConfig
+from mixtral.engine.engine import Engine
 from mixtral.engine.generator import Generator
 from mixtral.errors import ConfigError
 from mixtral.model import Batch, Documents, Mixtral, initialise
@@ -181,7 +182,7 @@ def test_generation_is_the_same_alone_and_together() -> None:
     """With sampling, through the engine."""
     from mixtral.wire import SamplingParams
 
-    generator = Generator(compile_model(model_of("bfloat16")))
+    generator = Generator(Engine(compile_model(model_of("bfloat16"))))
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=7, stop_ids=(), logprobs=2)
     together = [event for event in generator.stream(PROMPTS, params) if event.sequence == 0]
     alone = list(generator.stream(PROMPTS[:1], params))

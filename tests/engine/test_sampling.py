@@ -205,7 +205,7 @@ def test_full_vocabulary_top_p_equals_brute_force() -> None:
 
 # --- the fast steps against the plain ones ----------------------------------------------------------------------------
 
-SIZES = (50, 2048, 5000, 32768)
+SIZES = (50, 2048, 32768)
 FIELDS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
@@ -256,7 +256,7 @@ def test_the_choice_is_that_of_the_definition(fields: dict[str, Any], size: int)
         expected_ids, expected_probs = choosing.kept(logits, params, prompt, output)
         assert ids.tolist() == expected_ids.tolist()
         assert probs == pytest.approx(expected_probs, rel=1e-12)
-        for position in range(8):
+        for position in range(4):
             draw = {"seed": 17 * number, "sequence": 2, "position": position}
             found = choose(logits, params, past, **draw)
             assert found.id == choosing.choose(logits, params, prompt, output, **draw)

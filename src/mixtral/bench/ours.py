@@ -6,6 +6,7 @@ What is timed contains sampling and text: the time to the first token of a promp
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mixtral.api import LLM, Delta, load
 from mixtral.bench.peers import serve
+from mixtral.engine.config import EngineConfig
 
 __all__ = ["Ours", "main"]
 
@@ -24,9 +26,14 @@ class Ours:
     experts of each layer a step, or the whole prompt, was sent to (``experts``)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.llm: LLM = load(settings["model"], threads=settings["threads"], packed_cache=settings.get("packed_cache"))
+        loaded = load(settings["model"], threads=settings["threads"], packed_cache=settings.get("packed_cache"))
+        # Neither shortcut has a counterpart on the other side: every token is computed, and one in each step.
+        config = EngineConfig(prefix_cache=False, speculation=False)
+        tokenizer = loaded.tokenizer if loaded.has_tokenizer else None
+        self.llm = LLM(loaded.generator.model, tokenizer, name=loaded.name, engine=config)
         self._work: dict[str, Any] = {}
         self._deltas: Iterator[Delta] | None = None
+        self._come: list[deque[int]] = []  # tokens of each sequence that came before the others had theirs
         self._row: list[int] = []  # the tokens to be read next
         self._picks: list[list[Tensor]] = []  # of each forward pass and layer
         # Only kept in passing: counted when nothing is timed.
@@ -72,16 +79,27 @@ class Ours:
         return {"seconds": times, "fed": rows, "experts": experts}
 
     def _begin(self, prompts: list[list[int]], tokens: int) -> None:
-        """Read prompts up to the first token of each answer, which may then have ``tokens`` in all."""
-        self._deltas = self.llm.generate(prompts, stream=True, max_tokens=tokens, temperature=0, stop_ids=())
+        """Read prompts up to the first token of each answer, which may then have ``tokens`` in all.
+
+        A sequence whose prompt is read begins its answer while the others are read. So it gets as many tokens more: to
+        the end all sequences are in every step.
+        """
+        self._deltas = None  # which ends what was generated before
+        sizes = self.llm.generator.engine.config
+        ahead = sum(map(len, prompts)) // max(1, sizes.max_num_batched_tokens - len(prompts)) if len(prompts) > 1 else 0
+        most = min(tokens + ahead, self.llm.context - max(map(len, prompts)))
+        self._deltas = self.llm.generate(prompts, stream=True, max_tokens=most, temperature=0, stop_ids=())
+        self._come = [deque() for _ in prompts]
         self._row = self._next()
 
     def _next(self) -> list[int]:
         """The next token of every sequence, in order."""
         if self._deltas is None:
             raise RuntimeError("nothing was prepared")
-        found = [next(self._deltas) for _ in range(self._work["sequences"])]
-        return [delta.ids[0] for delta in sorted(found, key=lambda delta: delta.sequence)]
+        while not all(self._come):
+            delta = next(self._deltas)
+            self._come[delta.sequence].extend(delta.ids)
+        return [come.popleft() for come in self._come]
 
 
 def _distinct(picks: Tensor) -> int:

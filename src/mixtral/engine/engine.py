@@ -52,6 +52,19 @@ class _Open:
     routing: dict[int, list[tuple[int, bytes, bytes]]] = field(default_factory=dict)  # by index of the sequence
 
 
+@dataclass(slots=True)
+class _Rows:
+    """Rows of logits; of each, whether all is finite and the id of the largest value (the lowest one of several)."""
+
+    logits_NV: Floats
+    finite: list[bool]
+    likely: list[int]
+
+    def part(self, first: int, last: int) -> _Rows:
+        """Some consecutive rows."""
+        return _Rows(self.logits_NV[first:last], self.finite[first:last], self.likely[first:last])
+
+
 class Engine:
     """Runs any number of requests on one model. What a request gets depends on nothing but the request and the model.
 
@@ -239,7 +252,7 @@ class Engine:
     def _settle(self, plan: Plan, result: StepResult, updates: list[Update]) -> None:
         """Take over what a step computed, piece by piece. What goes wrong with one ends its request and no other."""
         self._count(result)
-        finite, likely = _survey(result.logits_NV)
+        rows = _survey(result.logits_NV)
         row, touched = 0, {}
         for piece, start in zip(plan.pieces, result.starts, strict=True):
             request = piece.sequence.request
@@ -248,9 +261,8 @@ class Engine:
             count = 1 + len(piece.drafts) if piece.samples and request.submit.params.max_tokens else 0
             if found is not None:  # or it failed in a piece before
                 touched[name] = found
-                span = slice(row, row + count)
                 try:
-                    self._take(found, piece, start, result, result.logits_NV[span], finite[span], likely[span])
+                    self._take(found, piece, start, result, rows.part(row, row + count))
                 except MixtralError as error:
                     self._fail(found, error, updates)
             row += count
@@ -258,16 +270,7 @@ class Engine:
             if name in self._open:
                 self._tell(name, found, updates)
 
-    def _take(
-        self,
-        found: _Open,
-        piece: Piece,
-        start: int,
-        result: StepResult,
-        rows_KV: Floats,
-        finite: list[bool],
-        likely: list[int],
-    ) -> None:
+    def _take(self, found: _Open, piece: Piece, start: int, result: StepResult, rows: _Rows) -> None:
         sequence = piece.sequence
         request = sequence.request
         if piece.start < sequence.prompt_length:
@@ -275,8 +278,8 @@ class Engine:
             if request.submit.params.prompt_logprobs is not None:
                 self._score(found, piece, start, result)
         chosen: list[Choice] = []
-        if len(rows_KV):
-            chosen = self._choose(found.samplers[sequence.index], piece, rows_KV, finite, likely)
+        if len(rows.logits_NV):
+            chosen = self._choose(found.samplers[sequence.index], piece, rows)
         accepted = [one.id for one in chosen[:-1]]
         self.scheduler.computed(piece, accepted)
         if request.submit.routing:
@@ -289,16 +292,14 @@ class Engine:
             for one in request.sequences[sequence.prompt * n : (sequence.prompt + 1) * n]:
                 self.scheduler.finish(one, None)
 
-    def _choose(
-        self, sampler: Sampler, piece: Piece, rows_KV: Floats, finite: list[bool], likely: list[int]
-    ) -> list[Choice]:
+    def _choose(self, sampler: Sampler, piece: Piece, rows: _Rows) -> list[Choice]:
         """The tokens that a piece yields: drafts as long as they are what is chosen, and one more."""
         sequence = piece.sequence
         sampled = sequence.sampled
         chosen: list[Choice] = []
-        for place, row_V in enumerate(rows_KV):
-            if sampler.plain and finite[place]:
-                choice = Choice(likely[place])
+        for place, row_V in enumerate(rows.logits_NV):
+            if sampler.plain and rows.finite[place]:
+                choice = Choice(rows.likely[place])
             else:
                 choice = sampler.choose(row_V, sampled)
             sampled += 1
@@ -386,13 +387,12 @@ class Engine:
         self._experts_LE += np.bincount(places.ravel(), minlength=layers * experts).reshape(layers, experts)
 
 
-def _survey(logits_NV: Floats) -> tuple[list[bool], list[int]]:
-    """Of each row: whether all is finite, and the id of the largest value (the lowest one of several)."""
+def _survey(logits_NV: Floats) -> _Rows:
     if not len(logits_NV):
-        return [], []
+        return _Rows(logits_NV, [], [])
     likely_N = logits_NV.argmax(1)
     ends_2N = np.stack((logits_NV[np.arange(len(likely_N)), likely_N], logits_NV.min(1)))
-    return np.isfinite(ends_2N).all(0).tolist(), likely_N.tolist()
+    return _Rows(logits_NV, np.isfinite(ends_2N).all(0).tolist(), likely_N.tolist())
 
 
 def _joined(parts: list[tuple[int, bytes, bytes]]) -> Routing:

@@ -12,7 +12,6 @@ import itertools
 from collections import abc, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-import msgspec
 from torch import Tensor
 
 from mixtral.config import MixtralConfig
@@ -57,7 +56,7 @@ class Generator:
 
         With the same parameters for all, the token at position p of sequence i depends on the logits, the parameters
         and (seed, i, p) alone. With parameters for each, every prompt is generated as if it were alone: i is 0. A
-        sequence whose place the caller adds to ``dropped`` gets no further tokens. Closing the iterator frees all pages.
+        sequence whose place the caller adds to ``dropped`` gets no more tokens. Closing the iterator frees all pages.
 
         Raises:
             RequestError: there is no prompt, or one is empty; or not as many parameters as prompts.
@@ -120,8 +119,7 @@ class Generator:
             update = updates.popleft()
             if isinstance(update, Tokens):
                 for event in update.events:
-                    place = event.sequence + offset
-                    yield msgspec.structs.replace(event, sequence=place) if offset else event
+                    yield _moved(event, offset) if offset else event
             elif isinstance(update, Done | Failed):
                 del first[name], self._updates[name]
                 if isinstance(update, Failed):
@@ -133,6 +131,16 @@ class Generator:
         for update in self.engine.step():
             if (found := self._updates.get(update.request)) is not None:
                 found.append(update)
+
+
+def _moved(event: TokenEvent, offset: int) -> TokenEvent:
+    return TokenEvent(
+        sequence=event.sequence + offset,
+        id=event.id,
+        logprob=event.logprob,
+        top=event.top,
+        finish_reason=event.finish_reason,
+    )
 
 
 def _error(failed: Failed) -> MixtralError:

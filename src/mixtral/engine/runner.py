@@ -65,7 +65,7 @@ class StepResult:
         return self._weights_LTA
 
     def routing(self, first: int, last: int) -> tuple[bytes, bytes]:
-        """Experts (uint8) and weights (little-endian float16) of the tokens ``first .. last`` of the step: [T, L, A]."""
+        """Experts (uint8) and weights (little-endian float16) of tokens ``first .. last`` of the step: [T, L, A]."""
         experts = self.picks_LTA[:, first:last].transpose(1, 0, 2).astype(np.uint8)
         weights = self.weights_LTA[:, first:last].transpose(1, 0, 2).astype("<f2")
         return experts.tobytes(), weights.tobytes()

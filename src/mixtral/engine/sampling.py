@@ -32,6 +32,7 @@ __all__ = [
     "distribution",
     "is_greedy",
     "log_softmax",
+    "needs_history",
     "score",
     "uniform",
 ]
@@ -198,9 +199,9 @@ def _allowed(size: int, mask: Mask | None, banned: Iterable[int]) -> Ids | None:
     return allowed_N
 
 
-def _changed(row_V: npt.NDArray[np.floating], params: SamplingParams, history: History | None) -> Floats:
+def _changed(logits_V: npt.NDArray[np.floating], params: SamplingParams, history: History | None) -> Floats:
     """A copy of the row after penalties and bias."""
-    row_V = row_V.astype(np.float64)
+    row_V: Floats = logits_V.astype(np.float64)
     if needs_history(params):
         if history is None:
             raise ValueError("penalties need a history")
@@ -233,7 +234,7 @@ def _weights(row_V: Floats, params: SamplingParams) -> tuple[Ids | None, Floats]
     if 0 < params.top_k < len(row_V):
         ids_N = np.sort(_largest(row_V, params.top_k))
         row_V = row_V[ids_N]
-    weights_N = np.exp(row_V - row_V.max())
+    weights_N: Floats = np.exp(row_V - row_V.max())
     if params.top_p < 1.0:
         kept = _nucleus(weights_N, params.top_p)
         ids_N, weights_N = kept if ids_N is None else ids_N[kept], weights_N[kept]
