@@ -170,7 +170,11 @@ class PageServer:
                 more["mixtral"] = {"routing": [routing(PROMPT_TOKENS + place - 1, 1)]}
             yield event(delta, logprobs=_logprobs(token) if body.get("logprobs") else None, **more)
         finish = reply.finish or ("tool_calls" if reply.calls else "stop")
-        yield event({}, finish="length" if len(deltas) > limit else finish)
+        finish = "length" if len(deltas) > limit else finish
+        # The end token was made from the last token of the answer; after a cut nothing was.
+        computed = deltas and finish != "length" and "mixtral" in body
+        last = {"mixtral": {"routing": [routing(PROMPT_TOKENS + len(deltas) - 1, 1)]}} if computed else {}
+        yield event({}, finish=finish, **last)
         counts = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": len(deltas[:limit]) + 1}
         cached = {"prompt_tokens_details": {"cached_tokens": 16}}
         yield {**head, "choices": [], "usage": {**counts, "total_tokens": sum(counts.values()), **cached}}

@@ -145,11 +145,24 @@ def test_a_broken_entry_and_a_full_storage_are_reported(user: PageUser) -> None:
     user.run(
         "Storage.prototype.setItem = () => { throw new DOMException('over', 'QuotaExceededError'); };"
         "const { Store } = await import('/static/store.js'); window.said = [];"
-        "new Store(localStorage, (problem) => window.said.push(problem)).save({ id: 'a', messages: [] });"
+        "new Store(() => localStorage, (problem) => window.said.push(problem)).save({ id: 'a', messages: [] });"
     )
     assert "storage is full" in user.run("return window.said[0]")
     user.ask("Still works")
     assert len(user.answers) == 1
+
+
+def test_a_browser_that_forbids_storage_is_reported(user: PageUser) -> None:
+    source = (
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
+    )
+    script = user.browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    try:
+        user.load("Settings cannot be read: no")
+        user.ask("Still works")
+        assert len(user.answers) == 1
+    finally:
+        user.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 def test_another_window_is_noticed(user: PageUser) -> None:

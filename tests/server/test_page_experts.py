@@ -21,10 +21,9 @@ def strip(user: PageUser) -> list[str]:
     return user.texts(".strip .cell b")
 
 
-def expected(layer: int, count: int = len(TOKENS), first: int = PROMPT_TOKENS) -> list[str]:
-    """First expert of each token; the last one was never computed."""
-    computed = [str(experts_of(first + place)[layer][0][0]) for place in range(count - 1)]
-    return [*computed, "·"]
+def expected(layer: int, count: int = len(TOKENS)) -> list[str]:
+    """First expert of each token."""
+    return [str(experts_of(PROMPT_TOKENS + place)[layer][0][0]) for place in range(count)]
 
 
 def test_each_token_has_a_cell_with_its_first_expert(user: PageUser, page_server: PageServer) -> None:
@@ -32,13 +31,13 @@ def test_each_token_has_a_cell_with_its_first_expert(user: PageUser, page_server
     assert page_server.bodies[0]["mixtral"] == {"routing": "weights"}
     assert page_server.bodies[0]["logprobs"] is True
     assert strip(user) == expected(0)
-    classes = [cell.get_attribute("class").split()[1] for cell in user.all(".strip .cell")[:-1]]
-    assert classes == [f"e{expert}" for expert in expected(0)[:-1]]
+    classes = [cell.get_attribute("class").split()[1] for cell in user.all(".strip .cell")]
+    assert classes == [f"e{expert}" for expert in expected(0)]
     colours = user.run(
         "const colours = [...document.querySelectorAll('.cell')].map((cell) => getComputedStyle(cell).backgroundColor);"
         "return [...new Set(colours)]"
     )
-    assert len(colours) == len(set(classes)) + 1
+    assert len(colours) == len(set(classes))
     user.one(".experts select").send_keys("Layer 2")
     assert strip(user) == expected(2)
     user.click("Words")
@@ -56,13 +55,13 @@ def test_a_token_shows_its_experts_in_all_layers(user: PageUser) -> None:
         shown = [slot.text.splitlines() for slot in row.find_elements("css selector", "td")]
         assert shown == [[str(pairs[rank][0]), f"{round(100 * pairs[rank][1])} %"] for pairs in layers]
     ActionChains(user.browser).move_to_element(user.id("prompt")).perform()
-    assert user.one(".detail .token").text.startswith(
-        f"␣10:3 token {len(TOKENS) - 1}"
-    )  # the last one that was computed
+    assert user.one(".detail .token").text.startswith(f"0. token {len(TOKENS)}")  # the last one
 
 
-def test_the_strip_is_walked_with_keys(user: PageUser) -> None:
+def test_the_strip_is_walked_with_keys(user: PageUser, page_server: PageServer) -> None:
+    page_server.replies = [Reply(TEXT, finish="length")]
     user.ask("Hello")
+    assert strip(user)[-1] == "·"  # nothing was made from the last token of an answer that was cut
     bar = user.one(".strip")
     user.run("values[0].focus()", bar)
     user.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN)
@@ -73,7 +72,7 @@ def test_the_strip_is_walked_with_keys(user: PageUser) -> None:
     assert current.get_attribute("aria-label") == spoken
     assert user.one(".experts select").get_attribute("value") == "1"
     user.press(Keys.END)
-    assert "not computed" in user.one(".detail .token").text
+    assert "nothing was made from it" in user.one(".detail .token").text
     user.press(Keys.HOME, Keys.ARROW_LEFT)
     assert user.one(".detail .token").text.startswith("Brea")
     user.press(Keys.ESCAPE)
@@ -103,7 +102,7 @@ def test_the_heat_map_counts_while_the_answer_is_written(user: PageUser, page_se
     assert counts() == wanted(29)
     page_server.go.set()
     user.wait_idle()
-    total = len(tokens_of(text)) - 1
+    total = len(tokens_of(text))
     assert counts() == wanted(total)
     assert f"{total} computed tokens" in user.one(".heat caption").text
     user.all(".strip .cell")[4].click()
@@ -133,7 +132,7 @@ def test_a_continued_answer_keeps_its_first_experts(user: PageUser, page_server:
     user.click("Continue")
     user.wait(lambda: len(page_server.bodies) == 2)
     user.wait_idle()
-    assert strip(user) == [*expected(0), *expected(0, len(tokens_of(" And more.")))]
+    assert strip(user) == [*expected(0)[:-1], "·", *expected(0, len(tokens_of(" And more.")))]
 
 
 def test_a_server_without_experts_is_asked_once(user: PageUser, page_server: PageServer) -> None:

@@ -28,20 +28,8 @@ __all__ = ["build"]
 _log = logging.getLogger("mixtral.server")
 _PAGE = Path(__file__).parent / "page"
 _SCRIPTS = (
-    *(
-        "app",
-        "calls",
-        "chat",
-        "connection",
-        "dom",
-        "experts",
-        "experts-view",
-        "markdown",
-        "markup",
-        "messages",
-        "panels",
-    ),
-    *("request", "schema", "settings", "sidebar", "store", "stream", "theme", "tools", "transfer"),
+    "app calls chat connection dom examples experts experts-view markdown markup messages panels request schema "
+    "settings sidebar store stream theme tools transfer"
 )
 # Path -> file and media type. Nothing else is ever read from disk.
 _FILES = {
@@ -49,7 +37,7 @@ _FILES = {
     "/static/base.css": ("base.css", "text/css"),
     "/static/chat.css": ("chat.css", "text/css"),
     "/static/icon.svg": ("icon.svg", "image/svg+xml"),
-    **{f"/static/{name}.js": (f"{name}.js", "text/javascript") for name in _SCRIPTS},
+    **{f"/static/{name}.js": (f"{name}.js", "text/javascript") for name in _SCRIPTS.split()},
 }
 _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

@@ -3,6 +3,7 @@
 import { newAnswer, Run } from "./chat.js";
 import { Connection } from "./connection.js";
 import { byId, fitHeight, saveFile } from "./dom.js";
+import { showExamples } from "./examples.js";
 import { AnswerView, UserView } from "./messages.js";
 import { closeMenus, Panels } from "./panels.js";
 import { problemOf, waitingCalls } from "./request.js";
@@ -11,22 +12,16 @@ import { showConversations } from "./sidebar.js";
 import { newConversation, Store, titleOf } from "./store.js";
 import { fileName, fromJson, toJson, toMarkdown } from "./transfer.js";
 
-const EXAMPLES = [
-  { lang: "en", text: "When does breakfast start?" },
-  { lang: "fr", text: "À quelle heure ferme le Château ?" },
-  { lang: "de", text: "Wann öffnet das Uhrenmuseum?" },
-  { lang: "es", text: "¿Cuánto cuesta una entrada para el Acuario?" },
-  { lang: "it", text: "Qual è la password del wifi?" },
-  { lang: "en", text: "How much is a double room at the hotel?" },
-];
-
 let undo = null; // puts back what was deleted last
 let trouble = null; // what the store reported before there was anybody to see it
 let running = null; // the Run of the answer that is being written
-const store = new Store(window.localStorage, (problem) => {
-  trouble = problem;
-  setStatus(problem);
-});
+const store = new Store(
+  () => window.localStorage,
+  (problem) => {
+    trouble = problem;
+    setStatus(problem);
+  },
+);
 const server = new Connection();
 let conversations = store.all();
 let current = newConversation(store.settings() ?? undefined);
@@ -99,7 +94,10 @@ function viewOf(message) {
     regenerate: () => regenerate(owner, place()),
     proceed: () => proceed(owner, place()),
     remove: () => removeFrom(owner, place(), place() + 1, "Answer deleted"),
-    results: () => { touch(owner); generate(owner); },
+    results: () => {
+      touch(owner);
+      generate(owner);
+    },
   });
   // What a text grows by arrives between frames: stay at its end.
   const { update } = view;
@@ -204,7 +202,9 @@ function ask(conversation, text, undoing = null) {
 /** Whether the settings can be sent; if not, the place that is wrong is shown. */
 function checkSettings() {
   const wrong = settingsPanel.wrongNumber();
-  const problem = wrong ? { where: wrong.id, message: `Wrong value for ${wrong.labels[0].firstChild.textContent}` } : problemOf(current.settings);
+  const problem = wrong
+    ? { where: wrong.id, message: `Wrong value for ${wrong.labels[0].firstChild.textContent}` }
+    : problemOf(current.settings);
   if (!problem) return true;
   panels.show("settings");
   const field = byId(problem.where);
@@ -223,7 +223,15 @@ async function generate(conversation, { continues = false, undoing = null } = {}
   }
   const message = continues ? conversation.messages.at(-1) : newAnswer(conversation.settings.format);
   if (!continues) conversation.messages.push(message);
-  const run = new Run(conversation, message, { model: byId("model").value, key: server.key, server, continues, onStatus: (text) => { byId("status-text").textContent = text; } });
+  const run = new Run(conversation, message, {
+    model: byId("model").value,
+    key: server.key,
+    server,
+    continues,
+    onStatus: (text) => {
+      byId("status-text").textContent = text;
+    },
+  });
   running = run;
   if (conversation === current) {
     run.view = continues ? views.at(-1) : addView(message);
@@ -237,7 +245,11 @@ async function generate(conversation, { continues = false, undoing = null } = {}
   settle(run, undoing);
 }
 
-const ENDINGS = { length: "The answer was cut at the longest allowed length", stopped: "Stopped", tool_calls: "The model called a function: type what it returned" };
+const ENDINGS = {
+  length: "The answer was cut at the longest allowed length",
+  stopped: "Stopped",
+  tool_calls: "The model called a function: type what it returned",
+};
 
 function settle({ conversation, message, view }, undoing) {
   const { messages } = conversation;
@@ -375,7 +387,12 @@ function bindButtons() {
     send,
     stop: () => running?.stop(),
     "new-chat": startChat,
-    undo: () => { const back = undo; setStatus("Put back"); back?.(); refresh(); },
+    undo: () => {
+      const back = undo;
+      setStatus("Put back");
+      back?.();
+      refresh();
+    },
     "try-again": () => generate(current),
     "rename-chat": rename,
     "export-md": () => exportOne("md"),
@@ -414,7 +431,10 @@ function bindButtons() {
 
 function bindKeys() {
   const prompt = byId("prompt");
-  prompt.addEventListener("input", () => { fitHeight(prompt); refresh(); });
+  prompt.addEventListener("input", () => {
+    fitHeight(prompt);
+    refresh();
+  });
   prompt.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
@@ -445,18 +465,6 @@ function bindKeys() {
   });
 }
 
-function addExamples() {
-  for (const { lang, text } of EXAMPLES) {
-    const example = document.createElement("button");
-    Object.assign(example, { type: "button", lang, textContent: text });
-    example.addEventListener("click", () => {
-      byId("prompt").value = text;
-      send();
-    });
-    byId("examples").append(example);
-  }
-}
-
 /** What another window of this page changed. The conversation that is shown stays as it is while it is answered. */
 function onStorage({ key }) {
   if (!Store.isConversation(key)) return;
@@ -472,7 +480,10 @@ function onStorage({ key }) {
   }
 }
 
-addExamples();
+showExamples((text) => {
+  byId("prompt").value = text;
+  send();
+});
 bindButtons();
 bindKeys();
 window.addEventListener("storage", onStorage);

@@ -34,8 +34,13 @@ export class CallsView {
     const place = this.cards.length;
     const name = element("code", { class: "name" });
     const code = element("code");
-    const head = element("div", { class: "call-head" }, element("span", { class: "label" }, "Call"), name,
-      copyButton(() => this.message.calls[place].arguments));
+    const head = element(
+      "div",
+      { class: "call-head" },
+      element("span", { class: "label" }, "Call"),
+      name,
+      copyButton(() => this.message.calls[place].arguments),
+    );
     const pre = element("pre", { tabIndex: 0 }, code);
     pre.setAttribute("aria-label", "Arguments");
     const card = element("div", { class: "call" }, head, pre);
@@ -47,7 +52,9 @@ export class CallsView {
     this.element.querySelectorAll(".result, .results").forEach((old) => old.remove());
     if (!isAnswerable(this.message)) {
       if (this.message.calls.length > 0) {
-        this.element.append(element("p", { class: "results note" }, "The call is not whole, so it cannot get a result."));
+        this.element.append(
+          element("p", { class: "results note" }, "The call is not whole, so it cannot get a result."),
+        );
       }
       return;
     }
@@ -56,14 +63,26 @@ export class CallsView {
       calls.forEach(({ result }, place) => {
         const shown = element("pre", { tabIndex: 0 }, element("code", {}, pretty(result)));
         shown.setAttribute("aria-label", "Result");
-        this.cards[place].card.append(element("div", { class: "result" }, element("span", { class: "label" }, "Result"), shown));
+        this.cards[place].card.append(
+          element("div", { class: "result" }, element("span", { class: "label" }, "Result"), shown),
+        );
       });
       return;
     }
     this.fields = calls.map((made, place) => this.#addField(made, place));
-    const send = element("button", { type: "button", class: "primary send-results", on: { click: () => this.#send() } }, "Send results");
-    this.element.append(element("div", { class: "results" }, send,
-      element("span", { class: "note" }, "The model goes on when every call has its result.")));
+    const send = element(
+      "button",
+      { type: "button", class: "primary send-results", on: { click: () => this.#send() } },
+      "Send results",
+    );
+    this.element.append(
+      element(
+        "div",
+        { class: "results" },
+        send,
+        element("span", { class: "note" }, "The model goes on when every call has its result."),
+      ),
+    );
   }
 
   #addField(made, place) {
@@ -74,10 +93,14 @@ export class CallsView {
       "aria-label": `Result of ${made.name}`,
       on: {
         input: () => fitHeight(field),
-        keydown: (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.#send(); },
+        keydown: (event) => {
+          if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.#send();
+        },
       },
     });
-    this.cards[place].card.append(element("label", { class: "result" }, element("span", { class: "label" }, "Result"), field));
+    this.cards[place].card.append(
+      element("label", { class: "result" }, element("span", { class: "label" }, "Result"), field),
+    );
     return field;
   }
 
@@ -91,7 +114,9 @@ export class CallsView {
       this.focus();
       return;
     }
-    this.fields.forEach((field, place) => { this.message.calls[place].result = field.value; });
+    this.fields.forEach((field, place) => {
+      this.message.calls[place].result = field.value;
+    });
     this.#showResults();
     this.onResults();
   }

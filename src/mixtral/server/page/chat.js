@@ -15,13 +15,14 @@ export class Pacer {
   request() {
     if (this.waiting) return;
     this.waiting = true;
-    const run = () => requestAnimationFrame(() => {
-      this.waiting = false;
-      const began = performance.now();
-      this.work();
-      const end = performance.now();
-      this.notBefore = end + 3 * (end - began);
-    });
+    const run = () =>
+      requestAnimationFrame(() => {
+        this.waiting = false;
+        const began = performance.now();
+        this.work();
+        const end = performance.now();
+        this.notBefore = end + 3 * (end - began);
+      });
     const pause = this.notBefore - performance.now();
     if (pause > 16) setTimeout(run, pause);
     else run();
@@ -30,7 +31,16 @@ export class Pacer {
 
 /** A message for an answer that is still to come. */
 export function newAnswer(format) {
-  return { role: "assistant", content: "", calls: [], format, finish: null, statistics: null, error: null, experts: null };
+  return {
+    role: "assistant",
+    content: "",
+    calls: [],
+    format,
+    finish: null,
+    statistics: null,
+    error: null,
+    experts: null,
+  };
 }
 
 /** One answer on its way. `view` may be null: the answer goes on while another conversation is shown. */
@@ -80,7 +90,11 @@ export class Run {
       message.experts.begin();
     }
     const send = (experts) =>
-      call("/v1/chat/completions", { key, body: bodyOf(conversation, { model, experts, continues }), signal: this.controller.signal });
+      call("/v1/chat/completions", {
+        key,
+        body: bodyOf(conversation, { model, experts, continues }),
+        signal: this.controller.signal,
+      });
     try {
       return await send(wanted);
     } catch (error) {

@@ -31,8 +31,11 @@ export class Connection {
   /** Fill the picker, with `wanted` chosen if the server has it. */
   showModels(wanted) {
     const picker = byId("model");
-    picker.replaceChildren(...this.models.map(({ id, parent }) =>
-      element("option", { value: id }, parent ? `${id} (adapter of ${parent})` : id)));
+    picker.replaceChildren(
+      ...this.models.map(({ id, parent }) =>
+        element("option", { value: id }, parent ? `${id} (adapter of ${parent})` : id),
+      ),
+    );
     if (this.models.some(({ id }) => id === wanted)) picker.value = wanted;
     picker.disabled = !this.isReady;
   }

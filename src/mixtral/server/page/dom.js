@@ -50,16 +50,22 @@ export async function copyText(text) {
 
 /** A button that copies what `text()` gives, and says so. */
 export function copyButton(text, label = "Copy") {
-  const made = button(label, async () => {
-    try {
-      await copyText(text());
-      made.textContent = "Copied";
-    } catch {
-      made.textContent = "Not allowed";
-    }
-    announce(made.textContent);
-    setTimeout(() => { made.textContent = label; }, 1500);
-  }, { class: "quiet copy" });
+  const made = button(
+    label,
+    async () => {
+      try {
+        await copyText(text());
+        made.textContent = "Copied";
+      } catch {
+        made.textContent = "Not allowed";
+      }
+      announce(made.textContent);
+      setTimeout(() => {
+        made.textContent = label;
+      }, 1500);
+    },
+    { class: "quiet copy" },
+  );
   return made;
 }
 

@@ -30,10 +30,20 @@ export class ExpertsView {
   #build() {
     const { layers } = this.trace;
     const options = layers.map((layer, place) => element("option", { value: String(place) }, `Layer ${layer}`));
-    this.picker = element("select", { "aria-label": "Layer that colours the strip", on: { change: () => this.#setLayer(Number(this.picker.value)) } }, ...options);
+    this.picker = element(
+      "select",
+      { "aria-label": "Layer that colours the strip", on: { change: () => this.#setLayer(Number(this.picker.value)) } },
+      ...options,
+    );
     this.picker.value = String(this.layer);
-    this.mapButton = button("Heat map", () => this.#toggleMap(), { class: "quiet map-button", "aria-expanded": "false" });
-    this.wordsButton = button("Words", () => this.#toggleWords(), { class: "quiet words-button", "aria-pressed": "false" });
+    this.mapButton = button("Heat map", () => this.#toggleMap(), {
+      class: "quiet map-button",
+      "aria-expanded": "false",
+    });
+    this.wordsButton = button("Words", () => this.#toggleWords(), {
+      class: "quiet words-button",
+      "aria-pressed": "false",
+    });
     this.strip = element("div", {
       class: "strip",
       id: this.name,
@@ -44,15 +54,37 @@ export class ExpertsView {
         keydown: (event) => this.#onKey(event),
         mouseover: (event) => this.#onPoint(event, false),
         click: (event) => this.#onPoint(event, true),
-        mouseleave: () => { if (!this.fixed) this.#choose(null); },
-        focus: () => { if (this.chosen === null) this.#choose(0, true); },
+        mouseleave: () => {
+          if (!this.fixed) this.#choose(null);
+        },
+        focus: () => {
+          if (this.chosen === null) this.#choose(0, true);
+        },
       },
     });
     this.detail = element("div", { class: "detail", role: "group", "aria-label": "Experts of one token" });
-    this.map = element("div", { class: "heat", hidden: true, role: "group", tabIndex: 0, "aria-label": "Tokens for each layer and expert" });
-    this.element = element("section", { class: "experts", "aria-label": "Experts" },
-      element("div", { class: "experts-bar" }, element("span", { class: "label" }, "Experts"), this.picker, this.wordsButton, this.mapButton),
-      this.strip, this.detail, this.map);
+    this.map = element("div", {
+      class: "heat",
+      hidden: true,
+      role: "group",
+      tabIndex: 0,
+      "aria-label": "Tokens for each layer and expert",
+    });
+    this.element = element(
+      "section",
+      { class: "experts", "aria-label": "Experts" },
+      element(
+        "div",
+        { class: "experts-bar" },
+        element("span", { class: "label" }, "Experts"),
+        this.picker,
+        this.wordsButton,
+        this.mapButton,
+      ),
+      this.strip,
+      this.detail,
+      this.map,
+    );
     this.#buildDetail();
   }
 
@@ -74,8 +106,12 @@ export class ExpertsView {
   #paint(place) {
     const { text, row } = this.cells[place];
     if (place === this.options.length) {
-      const made = element("span", { id: `${this.name}-${place}`, role: "option", "data-place": place },
-        element("b", { "aria-hidden": "true" }), element("span", { class: "word" }, visible(text)));
+      const made = element(
+        "span",
+        { id: `${this.name}-${place}`, role: "option", "data-place": place },
+        element("b", { "aria-hidden": "true" }),
+        element("span", { class: "word" }, visible(text)),
+      );
       this.options.push(made);
       this.strip.append(made);
     }
@@ -90,7 +126,9 @@ export class ExpertsView {
   #spoken(place) {
     const { text, row } = this.cells[place];
     if (!row) return `${JSON.stringify(text)}: not computed`;
-    const named = this.trace.choices(row, this.layer).map(({ expert, weight }) => `expert ${expert} ${percent(weight)}`);
+    const named = this.trace
+      .choices(row, this.layer)
+      .map(({ expert, weight }) => `expert ${expert} ${percent(weight)}`);
     return `${JSON.stringify(text)}: layer ${this.trace.layers[this.layer]}, ${named.join(", ")}`;
   }
 
@@ -155,9 +193,14 @@ export class ExpertsView {
     this.slots = ranks.map(() => layers.map(() => element("td")));
     this.heads = layers.map((layer) => element("th", { scope: "col" }, layer));
     const head = element("tr", {}, element("th", { scope: "col" }, "Layer"), ...this.heads);
-    const rows = ranks.map((name, rank) => element("tr", {}, element("th", { scope: "row" }, name), ...this.slots[rank]));
+    const rows = ranks.map((name, rank) =>
+      element("tr", {}, element("th", { scope: "row" }, name), ...this.slots[rank]),
+    );
     const table = element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows));
-    this.detail.append(this.token, element("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": "Experts by layer" }, table));
+    this.detail.append(
+      this.token,
+      element("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": "Experts by layer" }, table),
+    );
   }
 
   /** The chosen token; without one the latest that was computed. */
@@ -166,8 +209,11 @@ export class ExpertsView {
     const cell = this.cells[place] ?? null;
     const row = cell?.row;
     const chance = cell?.probability == null ? "" : ` · probability ${percent(cell.probability)}`;
-    const none = cell && !row ? " · the last token is not computed, so it has no experts" : "";
-    this.token.replaceChildren(element("code", {}, visible(cell?.text ?? "")), cell ? ` token ${place + 1}${chance}${none}` : "");
+    const none = cell && !row ? " · nothing was made from it, so it has no experts" : "";
+    this.token.replaceChildren(
+      element("code", {}, visible(cell?.text ?? "")),
+      cell ? ` token ${place + 1}${chance}${none}` : "",
+    );
     this.trace.layers.forEach((_, layer) => {
       const choices = row ? this.trace.choices(row, layer) : [];
       this.heads[layer].className = layer === this.layer ? "current" : "";
@@ -175,7 +221,8 @@ export class ExpertsView {
         const choice = choices[rank];
         slots[layer].replaceChildren(
           element("b", { class: choice ? `e${choice.expert % 8}` : "none" }, choice ? choice.expert : "·"),
-          element("span", {}, choice ? percent(choice.weight) : "–"));
+          element("span", {}, choice ? percent(choice.weight) : "–"),
+        );
       });
     });
   }
@@ -185,12 +232,14 @@ export class ExpertsView {
     const most = Math.max(1, ...counts.flat());
     const { layers } = this.trace;
     if (this.mapSlots?.[0].length !== counts[0].length) this.#buildMap(counts[0].length);
-    counts.forEach((row, place) => row.forEach((count, expert) => {
-      const slot = this.mapSlots[place][expert];
-      slot.textContent = count;
-      slot.className = shade(count / most);
-      slot.title = `Layer ${layers[place]}, expert ${expert}: ${count} tokens`;
-    }));
+    counts.forEach((row, place) =>
+      row.forEach((count, expert) => {
+        const slot = this.mapSlots[place][expert];
+        slot.textContent = count;
+        slot.className = shade(count / most);
+        slot.title = `Layer ${layers[place]}, expert ${expert}: ${count} tokens`;
+      }),
+    );
     this.mapTokens.textContent = this.cells.filter(({ row }) => row).length;
     this.#markMap();
   }
@@ -199,12 +248,29 @@ export class ExpertsView {
     const { layers } = this.trace;
     this.mapSlots = layers.map(() => Array.from({ length: experts }, () => element("td")));
     this.mapTokens = element("span");
-    const head = element("tr", {}, element("th", { scope: "col" }, "Layer"), ...layers.map((layer) => element("th", { scope: "col" }, layer)));
-    const rows = Array.from({ length: experts }, (_, expert) => element("tr", {},
-      element("th", { scope: "row" }, `Expert ${expert}`), ...layers.map((__, place) => this.mapSlots[place][expert])));
-    this.map.replaceChildren(element("table", {},
-      element("caption", {}, "How many of the ", this.mapTokens, " computed tokens used each expert"),
-      element("thead", {}, head), element("tbody", {}, ...rows)));
+    const head = element(
+      "tr",
+      {},
+      element("th", { scope: "col" }, "Layer"),
+      ...layers.map((layer) => element("th", { scope: "col" }, layer)),
+    );
+    const rows = Array.from({ length: experts }, (_, expert) =>
+      element(
+        "tr",
+        {},
+        element("th", { scope: "row" }, `Expert ${expert}`),
+        ...layers.map((__, place) => this.mapSlots[place][expert]),
+      ),
+    );
+    this.map.replaceChildren(
+      element(
+        "table",
+        {},
+        element("caption", {}, "How many of the ", this.mapTokens, " computed tokens used each expert"),
+        element("thead", {}, head),
+        element("tbody", {}, ...rows),
+      ),
+    );
   }
 
   /** Outline the experts of the chosen token in the map. */

@@ -34,7 +34,8 @@ function tokenText({ token, bytes }) {
 
 /**
  * One request's share of an answer: tokens in order, and rows of experts by position. Row p belongs to the token at
- * position p of prompt and answer together; the last token of an answer is never computed, so it has none.
+ * position p of prompt and answer together. Nothing is made from the last token of an answer that was cut, so that it
+ * has none.
  */
 class Part {
   constructor() {
@@ -145,7 +146,10 @@ export class Trace {
     const experts = Trace.width(cells);
     const counts = this.layers.map(() => new Array(experts).fill(0));
     for (const { row } of cells) {
-      if (row) row.experts.forEach((expert, at) => { counts[Math.floor(at / this.perToken)][expert] += 1; });
+      if (row)
+        row.experts.forEach((expert, at) => {
+          counts[Math.floor(at / this.perToken)][expert] += 1;
+        });
     }
     return counts;
   }

@@ -1,4 +1,4 @@
-// Markdown as data: text in, a tree of plain objects out. Linear in the text; nothing nests deeper than the limits below.
+// Markdown as data: text in, a tree of plain objects out. Linear in the text; nesting is limited.
 
 const BLOCK_DEPTH = 8; // quotes and lists inside each other; what is deeper stays text
 const OPEN_MARKS = 16; // emphasis and brackets that are open at once
@@ -19,7 +19,10 @@ export function parse(text) {
     starts.push(at);
     at += line.length + 1;
   }
-  const blocks = blocksOf(lines.map((line) => (line.endsWith("\r") ? line.slice(0, -1) : line)), 0);
+  const blocks = blocksOf(
+    lines.map((line) => (line.endsWith("\r") ? line.slice(0, -1) : line)),
+    0,
+  );
   for (const block of blocks) block.start = starts[block.line];
   return { blocks, lines: lines.length };
 }
@@ -253,7 +256,10 @@ function interrupts(lines, at, depth) {
 function readParagraph(lines, at, depth) {
   let next = at + 1;
   while (next < lines.length && !isBlank(lines[next]) && !interrupts(lines, next, depth)) next += 1;
-  const text = lines.slice(at, next).map((line) => line.trim()).join("\n");
+  const text = lines
+    .slice(at, next)
+    .map((line) => line.trim())
+    .join("\n");
   return { block: { type: "paragraph", text }, next };
 }
 

@@ -31,7 +31,12 @@ function blockElement(block, growing) {
 }
 
 function codeElement({ language, text }) {
-  const caption = element("figcaption", {}, element("span", {}, language || "text"), copyButton(() => text));
+  const caption = element(
+    "figcaption",
+    {},
+    element("span", {}, language || "text"),
+    copyButton(() => text),
+  );
   const code = element("pre", { tabIndex: 0 }, element("code", {}, text));
   code.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
   return element("figure", { class: "code" }, caption, code);
@@ -63,8 +68,11 @@ function tableElement({ head, aligns, rows }) {
   const top = element("thead", {}, line("th", head));
   const body = element("tbody");
   for (const row of rows) body.append(line("td", row));
-  return element("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": "Table" },
-    element("table", {}, top, body));
+  return element(
+    "div",
+    { class: "scroll", tabIndex: 0, role: "group", "aria-label": "Table" },
+    element("table", {}, top, body),
+  );
 }
 
 function inlineNodes(text, growing = false) {
@@ -96,8 +104,13 @@ function inlineElement(node) {
 function linkElement({ address, image, children }) {
   const label = fragment(children);
   if (!image && label.textContent === address) return element("span", { class: "link" }, label);
-  return element("span", { class: "link" }, label, " ",
-    element("span", { class: "address" }, image ? `(picture: ${address})` : `(${address})`));
+  return element(
+    "span",
+    { class: "link" },
+    label,
+    " ",
+    element("span", { class: "address" }, image ? `(picture: ${address})` : `(${address})`),
+  );
 }
 
 /**

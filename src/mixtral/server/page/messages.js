@@ -12,9 +12,20 @@ export class UserView {
     this.actions = actions;
     this.text = element("div", { class: "text" }, message.content);
     this.editButton = button("Edit", () => this.edit(), { class: "quiet" });
-    this.buttons = element("div", { class: "actions" }, copyButton(() => message.content), this.editButton,
-      button("Delete", () => actions.remove(), { class: "quiet" }));
-    this.element = element("li", { class: "message user" }, element("h3", { class: "hidden" }, "You"), this.text, this.buttons);
+    this.buttons = element(
+      "div",
+      { class: "actions" },
+      copyButton(() => message.content),
+      this.editButton,
+      button("Delete", () => actions.remove(), { class: "quiet" }),
+    );
+    this.element = element(
+      "li",
+      { class: "message user" },
+      element("h3", { class: "hidden" }, "You"),
+      this.text,
+      this.buttons,
+    );
   }
 
   /** A box in place of the text. */
@@ -26,7 +37,9 @@ export class UserView {
       this.editor = null;
       this.editButton.focus();
     };
-    const save = () => { if (field.value.trim() !== "") this.actions.edit(field.value.trim()); };
+    const save = () => {
+      if (field.value.trim() !== "") this.actions.edit(field.value.trim());
+    };
     field.addEventListener("input", () => fitHeight(field));
     field.addEventListener("keydown", (event) => {
       if (event.key === "Escape") close();
@@ -35,8 +48,12 @@ export class UserView {
       event.preventDefault();
       event.stopPropagation();
     });
-    this.editor = element("div", { class: "editor" }, field, element("div", { class: "row" },
-      button("Save and send", save, { class: "primary" }), button("Cancel", close)));
+    this.editor = element(
+      "div",
+      { class: "editor" },
+      field,
+      element("div", { class: "row" }, button("Save and send", save, { class: "primary" }), button("Cancel", close)),
+    );
     this.text.replaceWith(this.editor);
     this.buttons.remove();
     fitHeight(field);
@@ -46,7 +63,14 @@ export class UserView {
 }
 
 /** Numbers of an answer in words. */
-function statisticsText({ prompt_tokens: prompt, cached_tokens: cached, completion_tokens: tokens, first_s: first, per_s: rate, seed }) {
+function statisticsText({
+  prompt_tokens: prompt,
+  cached_tokens: cached,
+  completion_tokens: tokens,
+  first_s: first,
+  per_s: rate,
+  seed,
+}) {
   const parts = [];
   if (tokens !== null) parts.push(`${tokens} ${tokens === 1 ? "token" : "tokens"}`);
   if (rate !== null) parts.push(`${rate.toFixed(1)} tokens/s`);
@@ -56,7 +80,12 @@ function statisticsText({ prompt_tokens: prompt, cached_tokens: cached, completi
   return parts.join(" · ");
 }
 
-const FINISHES = { stop: "stop", length: "length: cut at the longest allowed length", tool_calls: "tool_calls", stopped: "stopped by you" };
+const FINISHES = {
+  stop: "stop",
+  length: "length: cut at the longest allowed length",
+  tool_calls: "tool_calls",
+  stopped: "stopped by you",
+};
 
 /** What an error was, as it was received. */
 function errorElement(error, retry) {
@@ -67,9 +96,13 @@ function errorElement(error, retry) {
     error.retryAfter && `retry after ${error.retryAfter} s`,
     error.requestId && `request ${error.requestId}`,
   ].filter(Boolean);
-  return element("div", { class: "error", role: "alert" }, element("p", {}, error.message),
+  return element(
+    "div",
+    { class: "error", role: "alert" },
+    element("p", {}, error.message),
     facts.length > 0 && element("p", { class: "facts" }, facts.join(" · ")),
-    button("Try again", retry, { class: "retry" }));
+    button("Try again", retry, { class: "retry" }),
+  );
 }
 
 /** An answer. `actions` has regenerate(), proceed(), remove() and results(). */
@@ -84,17 +117,28 @@ export class AnswerView {
     this.numbers = element("span", { class: "numbers" });
     this.buttons = element("div", { class: "actions" });
     this.routes = element("div", { class: "routes" });
-    this.element = element("li", { class: "message assistant" }, element("h3", { class: "who" }, "Mixtral"), this.text,
-      this.calls.element, this.problems, element("div", { class: "meta" }, this.numbers), this.buttons, this.routes);
+    this.element = element(
+      "li",
+      { class: "message assistant" },
+      element("h3", { class: "who" }, "Mixtral"),
+      this.text,
+      this.calls.element,
+      this.problems,
+      element("div", { class: "meta" }, this.numbers),
+      this.buttons,
+      this.routes,
+    );
     this.#restart(false);
   }
 
   #restart(spoken) {
     this.text.replaceChildren();
     this.text.className = this.#isSource ? "text source" : "text markdown";
-    this.markdown = this.#isSource ? null : new MarkdownView(this.text, (settled) => {
-      if (spoken) announce(settled.textContent);
-    });
+    this.markdown = this.#isSource
+      ? null
+      : new MarkdownView(this.text, (settled) => {
+          if (spoken) announce(settled.textContent);
+        });
   }
 
   get #isSource() {
@@ -126,8 +170,13 @@ export class AnswerView {
     this.#showText(true);
     if (live && this.#isSource) announce(message.content);
     this.calls.update(true);
-    this.problems.replaceChildren(...(message.error ? [errorElement(message.error, () => this.actions.regenerate())] : []));
-    const facts = [message.statistics && statisticsText(message.statistics), message.finish && `finish ${FINISHES[message.finish] ?? message.finish}`];
+    this.problems.replaceChildren(
+      ...(message.error ? [errorElement(message.error, () => this.actions.regenerate())] : []),
+    );
+    const facts = [
+      message.statistics && statisticsText(message.statistics),
+      message.finish && `finish ${FINISHES[message.finish] ?? message.finish}`,
+    ];
     this.numbers.textContent = facts.filter(Boolean).join(" · ");
     this.#showButtons();
     this.#showExperts();
@@ -141,12 +190,16 @@ export class AnswerView {
   #showButtons() {
     const { message, actions } = this;
     const cut = message.content !== "" && message.calls.length === 0 && ["length", "stopped"].includes(message.finish);
-    const sourceButton = button(this.plain ? "Formatted" : "Source", () => {
-      this.plain = !this.plain;
-      this.#restart(false);
-      this.finish();
-      this.buttons.querySelector(".source-button").focus();
-    }, { class: "quiet source-button" });
+    const sourceButton = button(
+      this.plain ? "Formatted" : "Source",
+      () => {
+        this.plain = !this.plain;
+        this.#restart(false);
+        this.finish();
+        this.buttons.querySelector(".source-button").focus();
+      },
+      { class: "quiet source-button" },
+    );
     const made = [
       message.content !== "" && copyButton(() => message.content),
       message.content !== "" && message.format === "text" && sourceButton,

@@ -21,7 +21,8 @@ export function problemOf(settings) {
     if (!tool.enabled) continue;
     const { name, parameters } = toolProblems(tool, settings.tools);
     const message = name ?? parameters;
-    if (message) return { where: `tool-${place}-${name ? "name" : "parameters"}`, message: `Function ${place + 1}: ${message}` };
+    if (message)
+      return { where: `tool-${place}-${name ? "name" : "parameters"}`, message: `Function ${place + 1}: ${message}` };
   }
   if (settings.format === "json_schema") {
     const { problem } = readSchema(settings.schema);
@@ -42,25 +43,30 @@ function formatOf({ format, schema, regex }) {
 }
 
 function toolsOf(settings) {
-  const tools = settings.tools.filter(({ enabled }) => enabled).map(({ name, description, parameters }) => ({
-    type: "function",
-    function: { name, description, parameters: readParameters(parameters).value },
-  }));
+  const tools = settings.tools
+    .filter(({ enabled }) => enabled)
+    .map(({ name, description, parameters }) => ({
+      type: "function",
+      function: { name, description, parameters: readParameters(parameters).value },
+    }));
   if (tools.length === 0) return {};
   const { tool_choice: choice } = settings;
   const named = choice.startsWith("=");
   return { tools, tool_choice: named ? { type: "function", function: { name: choice.slice(1) } } : choice };
 }
 
-/** The messages of the API. An answer with calls counts once each of them has a result; one that is empty never does. */
+/** The messages of the API. An answer with calls counts once each of them has a result; an empty one never does. */
 export function messagesOf({ settings, messages }) {
   const made = settings.system.trim() ? [{ role: "system", content: settings.system.trim() }] : [];
   for (const message of messages) {
     if (message.role === "user") {
       made.push({ role: "user", content: message.content });
     } else if (isAnswerable(message) && message.calls.every(({ result }) => result !== null)) {
-      const calls = message.calls.map(({ id, name, arguments: text }) =>
-        ({ id, type: "function", function: { name, arguments: text } }));
+      const calls = message.calls.map(({ id, name, arguments: text }) => ({
+        id,
+        type: "function",
+        function: { name, arguments: text },
+      }));
       made.push({ role: "assistant", tool_calls: calls });
       for (const { id, name, result } of message.calls) {
         made.push({ role: "tool", tool_call_id: id, name, content: result });

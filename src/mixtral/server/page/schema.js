@@ -23,7 +23,8 @@ export function readParameters(text) {
   if (text.trim() === "") return { value: { type: "object", properties: {} }, problem: null };
   const read = readSchema(text);
   if (read.problem) return read;
-  if (read.value.type !== "object") return { problem: 'The arguments of a function are an object: "type" must be "object".' };
+  if (read.value.type !== "object")
+    return { problem: 'The arguments of a function are an object: "type" must be "object".' };
   return read;
 }
 
@@ -59,6 +60,8 @@ export function stopLines(stop) {
 /** The stop strings that lines spell. */
 export function readStops(lines) {
   const signs = { "\\\\": "\\", "\\n": "\n", "\\t": "\t" };
-  return lines.split("\n").filter((line) => line !== "")
+  return lines
+    .split("\n")
+    .filter((line) => line !== "")
     .map((line) => line.replace(/\\[\\nt]/g, (sign) => signs[sign]));
 }

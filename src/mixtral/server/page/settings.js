@@ -13,13 +13,28 @@ export class SettingsPanel {
     this.numbers = new Map();
     for (const [name, about] of Object.entries(NUMBERS)) this.#addNumber(name, about);
     this.tools = new ToolsEditor(byId("tools"), onChange);
-    this.#bind("system", "input", (value) => { this.settings.system = value; });
-    this.#bind("stop-words", "input", (value) => { this.settings.stop = readStops(value); });
-    this.#bind("schema", "input", (value) => { this.settings.schema = value; this.#checkSchema(); });
-    this.#bind("regex", "input", (value) => { this.settings.regex = value; });
-    this.#bind("format", "change", (value) => { this.settings.format = value; this.#showFormat(); });
+    this.#bind("system", "input", (value) => {
+      this.settings.system = value;
+    });
+    this.#bind("stop-words", "input", (value) => {
+      this.settings.stop = readStops(value);
+    });
+    this.#bind("schema", "input", (value) => {
+      this.settings.schema = value;
+      this.#checkSchema();
+    });
+    this.#bind("regex", "input", (value) => {
+      this.settings.regex = value;
+    });
+    this.#bind("format", "change", (value) => {
+      this.settings.format = value;
+      this.#showFormat();
+    });
     const experts = byId("experts");
-    experts.addEventListener("change", () => { this.settings.experts = experts.checked; this.onChange(); });
+    experts.addEventListener("change", () => {
+      this.settings.experts = experts.checked;
+      this.onChange();
+    });
   }
 
   #bind(id, event, set) {
@@ -32,7 +47,16 @@ export class SettingsPanel {
   }
 
   #addNumber(name, { label, low, high, step, server }) {
-    const field = element("input", { type: "number", id: name, min: String(low), max: String(high), step: step === 1 ? "1" : "any", placeholder: server, inputMode: step === 1 ? "numeric" : "decimal", autocomplete: "off" });
+    const field = element("input", {
+      type: "number",
+      id: name,
+      min: String(low),
+      max: String(high),
+      step: step === 1 ? "1" : "any",
+      placeholder: server,
+      inputMode: step === 1 ? "numeric" : "decimal",
+      autocomplete: "off",
+    });
     const problem = element("span", { class: "problem", role: "status" });
     field.addEventListener("input", () => {
       this.#checkNumber(field, problem, name);

@@ -22,13 +22,17 @@ export function showConversations(conversations, current, onChoose) {
       day = its;
       parts.push(element("li", { class: "day" }, day));
     }
-    const item = element("button", {
-      type: "button",
-      title: conversation.title,
-      "data-conversation": conversation.id,
-      "aria-current": conversation.id === current.id ? "true" : null,
-      on: { click: () => onChoose(conversation) },
-    }, conversation.title);
+    const item = element(
+      "button",
+      {
+        type: "button",
+        title: conversation.title,
+        "data-conversation": conversation.id,
+        "aria-current": conversation.id === current.id ? "true" : null,
+        on: { click: () => onChoose(conversation) },
+      },
+      conversation.title,
+    );
     parts.push(element("li", {}, item));
   }
   const list = byId("conversations");

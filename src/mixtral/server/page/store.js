@@ -158,8 +158,9 @@ function readError(value, where) {
 }
 
 /**
- * A message. An answer has `calls` with what each returned (null: not yet), `finish` as the server said it or "stopped",
- * `format` that was asked for, `statistics`, and `error` if it ended with one. `experts` is read by experts.js.
+ * A message. An answer has `calls` with what each returned (null: not yet), `finish` as the server said it or
+ * "stopped", `format` that was asked for, `statistics`, and `error` if it ended with one. `experts` is read by
+ * experts.js.
  */
 function readMessage(value, where) {
   const given = new Shape(value, where);
@@ -194,6 +195,7 @@ export function readConversation(value, where = "conversation") {
 
 /** Conversations and choices of this page in localStorage. What cannot be kept is reported to `onProblem`. */
 export class Store {
+  /** `storage` gives localStorage; a browser that forbids it throws there. */
   constructor(storage, onProblem) {
     this.storage = storage;
     this.onProblem = onProblem;
@@ -204,15 +206,18 @@ export class Store {
       return work();
     } catch (error) {
       const full = error.name === "QuotaExceededError";
-      this.onProblem(full ? `${what}: the browser's storage is full. Export and delete old conversations.`
-        : `${what}: ${error.message}`);
+      this.onProblem(
+        full
+          ? `${what}: the browser's storage is full. Export and delete old conversations.`
+          : `${what}: ${error.message}`,
+      );
       return null;
     }
   }
 
   /** All conversations, the latest first. Those that cannot be read are left where they are and reported. */
   all() {
-    const names = this.#try(() => Object.keys(this.storage), "Conversations cannot be read") ?? [];
+    const names = this.#try(() => Object.keys(this.storage()), "Conversations cannot be read") ?? [];
     const found = names
       .filter((name) => name.startsWith(`${PREFIX}c.`))
       .map((name) => this.#read(name))
@@ -221,25 +226,27 @@ export class Store {
   }
 
   #read(name) {
-    const text = this.storage.getItem(name);
-    return this.#try(() => readConversation(JSON.parse(text)), "A stored conversation cannot be read");
+    const read = () => readConversation(JSON.parse(this.storage().getItem(name)));
+    return this.#try(read, "A stored conversation cannot be read");
   }
 
   /** Keep a conversation. Its experts are left out: they are large, and can be exported. */
   save(conversation) {
     const messages = conversation.messages.map(({ experts, ...message }) => message);
     const text = JSON.stringify({ ...conversation, messages });
-    this.#try(() => this.storage.setItem(`${PREFIX}c.${conversation.id}`, text), "This conversation is not kept");
+    this.#try(() => this.storage().setItem(`${PREFIX}c.${conversation.id}`, text), "This conversation is not kept");
   }
 
   remove(id) {
-    this.#try(() => this.storage.removeItem(`${PREFIX}c.${id}`), "The conversation cannot be deleted");
+    this.#try(() => this.storage().removeItem(`${PREFIX}c.${id}`), "The conversation cannot be deleted");
   }
 
   /** The settings that were used last; null if there are none that can be read. */
   settings() {
     const text = this.choice("settings");
-    return text === null ? null : this.#try(() => readSettings(JSON.parse(text), "settings"), "Settings cannot be read");
+    return text === null
+      ? null
+      : this.#try(() => readSettings(JSON.parse(text), "settings"), "Settings cannot be read");
   }
 
   keepSettings(settings) {
@@ -248,11 +255,11 @@ export class Store {
 
   /** A choice of the page such as its colours; null if none was made. */
   choice(name) {
-    return this.#try(() => this.storage.getItem(PREFIX + name), "Settings cannot be read");
+    return this.#try(() => this.storage().getItem(PREFIX + name), "Settings cannot be read");
   }
 
   choose(name, value) {
-    this.#try(() => this.storage.setItem(PREFIX + name, value), "Settings are not kept");
+    this.#try(() => this.storage().setItem(PREFIX + name, value), "Settings are not kept");
   }
 
   /** Whether a storage event is about a conversation. */

@@ -39,7 +39,10 @@ async function failure(response) {
   } catch {
     // Not from this API: a proxy, for example.
   }
-  return new ApiError({ message: text.slice(0, 500) || `The server answered ${response.status} without a word.` }, about);
+  return new ApiError(
+    { message: text.slice(0, 500) || `The server answered ${response.status} without a word.` },
+    about,
+  );
 }
 
 /** A request to the API. Throws ApiError for every status that is not success. */

@@ -7,11 +7,15 @@ const EXAMPLE = {
   enabled: true,
   name: "get_hours",
   description: "Opening hours of a place in the town.",
-  parameters: JSON.stringify({
-    type: "object",
-    properties: { place: { type: "string", description: "Name of the place" } },
-    required: ["place"],
-  }, null, 2),
+  parameters: JSON.stringify(
+    {
+      type: "object",
+      properties: { place: { type: "string", description: "Name of the place" } },
+      required: ["place"],
+    },
+    null,
+    2,
+  ),
 };
 
 /** Cards for the tools of some settings, in `root`. `onChange` is called after every change. */
@@ -24,9 +28,18 @@ export class ToolsEditor {
     this.list = element("div", { class: "tools" });
     this.choice = element("select", { id: "tool-choice", on: { change: () => this.#setChoice() } });
     this.choiceRow = element("label", { class: "field" }, "May the model call?", this.choice);
-    root.append(this.list, element("div", { class: "row" },
-      button("Add a function", () => this.#add({ enabled: true, name: "", description: "", parameters: "" }), { id: "add-tool" }),
-      button("Add an example", () => this.#add(EXAMPLE), { id: "add-example-tool", class: "quiet" })), this.choiceRow);
+    root.append(
+      this.list,
+      element(
+        "div",
+        { class: "row" },
+        button("Add a function", () => this.#add({ enabled: true, name: "", description: "", parameters: "" }), {
+          id: "add-tool",
+        }),
+        button("Add an example", () => this.#add(EXAMPLE), { id: "add-example-tool", class: "quiet" }),
+      ),
+      this.choiceRow,
+    );
   }
 
   /** Edit these settings from now on. */
@@ -56,19 +69,48 @@ export class ToolsEditor {
       });
       return field;
     };
-    card.name = bind(element("input", { type: "text", value: tool.name, spellcheck: false, autocomplete: "off", maxLength: 64 }), "name");
+    card.name = bind(
+      element("input", { type: "text", value: tool.name, spellcheck: false, autocomplete: "off", maxLength: 64 }),
+      "name",
+    );
     card.description = bind(element("textarea", { rows: 1, value: tool.description }), "description");
-    card.parameters = bind(element("textarea", { rows: 4, value: tool.parameters, spellcheck: false, class: "code", placeholder: '{"type": "object", "properties": {}}' }), "parameters");
+    card.parameters = bind(
+      element("textarea", {
+        rows: 4,
+        value: tool.parameters,
+        spellcheck: false,
+        class: "code",
+        placeholder: '{"type": "object", "properties": {}}',
+      }),
+      "parameters",
+    );
     card.nameProblem = element("span", { class: "problem", role: "status" });
     card.parametersProblem = element("span", { class: "problem", role: "status" });
-    card.enabled = element("input", { type: "checkbox", checked: tool.enabled, on: { change: () => { tool.enabled = card.enabled.checked; this.#changed(); } } });
+    card.enabled = element("input", {
+      type: "checkbox",
+      checked: tool.enabled,
+      on: {
+        change: () => {
+          tool.enabled = card.enabled.checked;
+          this.#changed();
+        },
+      },
+    });
     card.summary = element("legend");
-    card.element = element("fieldset", { class: "tool" }, card.summary,
-      element("div", { class: "row spread" }, element("label", { class: "check" }, card.enabled, "Offer it to the model"),
-        button("Remove", () => this.#remove(card), { class: "quiet" })),
+    card.element = element(
+      "fieldset",
+      { class: "tool" },
+      card.summary,
+      element(
+        "div",
+        { class: "row spread" },
+        element("label", { class: "check" }, card.enabled, "Offer it to the model"),
+        button("Remove", () => this.#remove(card), { class: "quiet" }),
+      ),
       element("label", { class: "field" }, "Name", card.name, card.nameProblem),
       element("label", { class: "field" }, "What it does", card.description),
-      element("label", { class: "field" }, "Arguments, as a JSON schema", card.parameters, card.parametersProblem));
+      element("label", { class: "field" }, "Arguments, as a JSON schema", card.parameters, card.parametersProblem),
+    );
     this.cards.push(card);
     this.list.append(card.element);
     this.#number();
@@ -109,7 +151,12 @@ export class ToolsEditor {
       card.parameters.setAttribute("aria-invalid", String(problems.parameters !== null));
     });
     const names = this.settings.tools.filter((tool) => tool.enabled && tool.name).map(({ name }) => name);
-    const options = [["auto", "As it likes"], ["none", "No"], ["required", "It must"], ...names.map((name) => [`=${name}`, `It must call ${name}`])];
+    const options = [
+      ["auto", "As it likes"],
+      ["none", "No"],
+      ["required", "It must"],
+      ...names.map((name) => [`=${name}`, `It must call ${name}`]),
+    ];
     this.choice.replaceChildren(...options.map(([value, label]) => element("option", { value }, label)));
     if (!options.some(([value]) => value === this.settings.tool_choice)) this.settings.tool_choice = "auto";
     this.choice.value = this.settings.tool_choice;

@@ -11,7 +11,8 @@ export function toJson(conversations) {
   const listed = conversations.map((conversation) => ({
     ...conversation,
     messages: conversation.messages.map((message) =>
-      message.experts ? { ...message, experts: message.experts.data() } : message),
+      message.experts ? { ...message, experts: message.experts.data() } : message,
+    ),
   }));
   return JSON.stringify({ format: FORMAT, version: VERSION, conversations: listed }, null, 1);
 }
@@ -65,6 +66,10 @@ export function toMarkdown(conversation) {
 
 /** A title as the name of a file. */
 export function fileName(title, ending) {
-  const safe = title.replace(/[^\p{L}\p{N} _-]+/gu, "").trim().slice(0, 60) || "chat";
+  const safe =
+    title
+      .replace(/[^\p{L}\p{N} _-]+/gu, "")
+      .trim()
+      .slice(0, 60) || "chat";
   return `${safe}.${ending}`;
 }
