@@ -203,6 +203,8 @@ class LLM:
     ) -> None:
         """Write config and safetensors in the dtype of the model; ``load``, transformers or Mistral's tools read it.
 
+        Packed matrices are decoded first, all of them.
+
         The respelling of rare ids, which the embedded model comes with, is not part of such a folder.
 
         Raises:
@@ -341,7 +343,7 @@ def load(
         torch.set_num_threads(chosen)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
     if is_compact(folder):
-        compact = load_compact(folder, device=target, dtype=kind)
+        compact = load_compact(folder, device=target, dtype=kind, packed=compiled and not decode)
         if compiled:
             compile_model(compact.model, kv_dtype=kv_dtype)
         if packed_cache is not None:

@@ -6,6 +6,8 @@ A folder holds ``model.safetensors``, ``config.json`` and ``manifest.json`` (siz
     <parameter>                           fp32: routers and norms
     row_of_id                             int32 [V]; embedding and head have R+1 rows instead of V
     respell.ids [n], .offsets [n+1], .pieces [m]   int32: ids[i] is spelled pieces[offsets[i]:offsets[i+1]]
+
+For compiled kernels the integers stay as they are, in panels; for everything else they are decoded into a plain model.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ from mixtral.files.safetensors import (
 )
 from mixtral.model.mixtral import Mixtral
 from mixtral.quant.int8 import GROUP, decode, encode
+from mixtral.quant.modules import PackedExperts, PackedLinear, SharedEmbedding, SharedHead
+from mixtral.quant.packed import Groups
+from mixtral.quant.panels import Panels, to_panels
 from mixtral.weights.checkpoint import read_folder_config, unchanged
 from mixtral.weights.load import checked_dtype, place
 from mixtral.weights.names import EMBEDDING, HEAD, is_router, parameter_shapes
@@ -51,7 +56,7 @@ _RESPELL = ("respell.ids", "respell.offsets", "respell.pieces")
 
 @dataclass(frozen=True, slots=True)
 class Compact:
-    """What a compact folder holds: an ordinary model, the respelling for its tokenizer, its trained ids and notes."""
+    """What a compact folder holds: a model, the respelling for its tokenizer, the row of every id, and notes."""
 
     model: Mixtral
     respell: dict[int, tuple[int, ...]]
@@ -98,11 +103,16 @@ def save_compact(
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
-def load_compact(folder: Path, *, device: torch.device | str, dtype: torch.dtype | None = None) -> Compact:
-    """Load a compact folder into an ordinary model. ``dtype`` None is float32, which holds every stored value exactly.
+def load_compact(
+    folder: Path, *, device: torch.device | str, dtype: torch.dtype | None = None, packed: bool = False
+) -> Compact:
+    """Load a compact folder. ``dtype`` None is float32, which holds every stored value exactly.
+
+    The model is an ordinary one, or with ``packed`` one whose matrices stay integers, for compiled kernels on the CPU;
+    embedding and head keep their shared rows then.
 
     Raises:
-        ConfigError: ``config.json`` is missing or wrong, or ``dtype`` is not a model's.
+        ConfigError: ``config.json`` is missing or wrong, ``dtype`` is not a model's, or there are no compiled kernels.
         CheckpointError: the weights do not match the manifest, are damaged, or do not fit the config.
     """
     folder = Path(folder)
@@ -122,6 +132,9 @@ def load_compact(folder: Path, *, device: torch.device | str, dtype: torch.dtype
                 raise CheckpointError(f"{SINGLE_NAME}: {_ROWS} does not name all {_rows(header):,} rows")
             model = Mixtral(config, device="meta", dtype=dtype)
             for name in parameter_shapes(config):
+                if packed and f"{name}.q8" in header.entries:
+                    _place_packed(model, name, header, reader, row_of_id)
+                    continue
                 value = _read(header, reader, name)
                 if name in (EMBEDDING, HEAD):
                     value = expand_rows(value, row_of_id)
@@ -219,6 +232,38 @@ def _read(header: Header, reader: ShardReader, name: str) -> Tensor:
     if name in header.entries:
         return _tensor(header.entries[name], reader)
     return decode(_tensor(header.entries[f"{name}.q8"], reader), _tensor(header.entries[f"{name}.scale"], reader))
+
+
+def _place_packed(model: Mixtral, name: str, header: Header, reader: ShardReader, row_of_id: Tensor) -> None:
+    """Put a module with the integers of a parameter in the place of the dense one."""
+    unit, _, parameter = name.rpartition(".")
+    if parameter == "down_proj":
+        return  # it comes with the other half of the experts
+    codes, scales = (_tensor(header.entries[f"{name}.{part}"], reader) for part in ("q8", "scale"))
+    if name == EMBEDDING:
+        rows = decode(codes, scales, dtype=model.dtype)
+        model.set_submodule(unit, SharedEmbedding(rows, row_of_id.long()))
+    elif name == HEAD:
+        model.set_submodule(unit, SharedHead(_panels(codes, scales), row_of_id.long()))
+    elif parameter == "weight":
+        model.set_submodule(unit, PackedLinear(_panels(codes, scales)))
+    else:
+        down = f"{unit}.down_proj"
+        gate, up = (_all_panels(*half) for half in zip(codes.chunk(2, 1), scales.chunk(2, 1), strict=True))
+        lower = (_tensor(header.entries[f"{down}.{part}"], reader) for part in ("q8", "scale"))
+        model.set_submodule(unit, PackedExperts(gate, up, _all_panels(*lower)))
+
+
+def _all_panels(codes: Tensor, scales: Tensor) -> list[Panels]:
+    return [_panels(*one) for one in zip(codes, scales, strict=True)]
+
+
+def _panels(codes: Tensor, scales: Tensor) -> Panels:
+    bits = 8
+    found = to_panels(Groups(bits, (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8), scales))
+    if found is None:
+        raise RuntimeError("int8 in groups of 32 has no kernel")
+    return found
 
 
 def _read_respell(header: Header, reader: ShardReader, vocab_size: int) -> dict[int, tuple[int, ...]]:

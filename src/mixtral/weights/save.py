@@ -16,6 +16,7 @@ from mixtral.errors import CheckpointError, ConfigError
 from mixtral.files.commit import Commit
 from mixtral.files.safetensors import INDEX_NAME, Record, write_shard
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear, SharedEmbedding, SharedHead
 from mixtral.weights.consolidated import PARAMS_NAME, STEM, pickled_files, to_params
 from mixtral.weights.names import Layout, Piece, is_router, parameter_shapes, tensors
 
@@ -118,10 +119,15 @@ def weight_files(folder: Path) -> list[str]:
 def checked_parameters(model: Mixtral) -> dict[str, Tensor]:
     """The parameters by name, if they are exactly those of a Mixtral, in memory, and all but the routers of one dtype.
 
+    What is packed is decoded to the dtype of the model, all of it, which takes as much memory.
+
     Raises:
         CheckpointError: naming the first parameter that is not.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        if isinstance(module, PackedEmbedding | PackedExperts | PackedLinear | SharedEmbedding | SharedHead):
+            parameters |= {f"{prefix}.{name}": value for name, value in module.decoded(model.dtype).items()}
     expected = parameter_shapes(model.config)
     odd = sorted(parameters.keys() ^ expected.keys())
     if odd:
