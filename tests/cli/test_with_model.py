@@ -274,3 +274,25 @@ def test_serve_hands_the_model_to_the_server(folder: Path, capsys: Capture, monk
     assert "http://127.0.0.1:1234" in shown
     assert shown.endswith(" a request\n")
     assert logging.getLogger("mixtral.server").handlers == []
+
+
+def test_serve_takes_keys(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("mixtral.server.serve", lambda engine, config, **_: seen.append(config))
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[[key]]\nname = "ann"\nsha256 = "{"a" * 64}"\n')
+    file.chmod(0o600)
+    more = ["--host", "0.0.0.0", "--api-key-file", str(file), "--api-key", "secret-of-mine", "--allowed-origin"]
+    assert main(["serve", "--model", str(folder), *more, "https://chat.example"]) == 0
+    (config,) = seen
+    assert config.keys.find("secret-of-mine").name == "key-1"
+    assert config.allowed_origins == ("https://chat.example",)
+    noted = capsys.readouterr().err
+    assert "list of processes" in noted
+    assert "in the clear" in noted
+    assert "secret-of-mine" not in noted
+    file.chmod(0o644)
+    assert main(["serve", "--model", str(folder), "--api-key-file", str(file)]) == 2
+    assert "chmod 600" in capsys.readouterr().err
+    assert main(["serve", "--model", str(folder), "--host", "0.0.0.0"]) == 2
+    assert "no API keys" in capsys.readouterr().err

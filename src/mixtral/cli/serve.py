@@ -26,6 +26,20 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+OriginOption = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-origin", help="Site whose pages may use the API, https://NAME; may be repeated."),
+]
+KeyFileOption = Annotated[
+    Path | None, typer.Option("--api-key-file", help="TOML file of key digests; see docs/serving.md.")
+]
+KeyOption = Annotated[
+    list[str] | None,
+    typer.Option("--api-key", help="A key in the clear, seen by all in the process list; better: --api-key-file."),
+]
+CertOption = Annotated[Path | None, typer.Option("--tls-cert", help="Certificate for HTTPS, with --tls-key.")]
+CertKeyOption = Annotated[Path | None, typer.Option("--tls-key", help="Private key of the certificate.")]
+
 
 def run(
     model: ModelOption = "embedded",
@@ -37,19 +51,11 @@ def run(
     allowed_host: Annotated[
         list[str] | None, typer.Option("--allowed-host", help="Name that a proxy in front uses; may be repeated.")
     ] = None,
-    allowed_origin: Annotated[
-        list[str] | None,
-        typer.Option("--allowed-origin", help="Site whose pages may use the API, https://NAME; may be repeated."),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", help="TOML file of key digests; see docs/serving.md.")
-    ] = None,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option("--api-key", help="A key in the clear, seen by all in the process list; better: --api-key-file."),
-    ] = None,
-    tls_cert: Annotated[Path | None, typer.Option("--tls-cert", help="Certificate for HTTPS, with --tls-key.")] = None,
-    tls_key: Annotated[Path | None, typer.Option("--tls-key", help="Private key of the certificate.")] = None,
+    allowed_origin: OriginOption = None,
+    api_key_file: KeyFileOption = None,
+    api_key: KeyOption = None,
+    tls_cert: CertOption = None,
+    tls_key: CertKeyOption = None,
     queue_size: Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")] = 128,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
