@@ -1,7 +1,7 @@
 """Tokens per second of the embedded model through the whole engine, by number of streams and way of choosing.
 
-Each stream has a prompt of its own; drafts and the prefix cache are off unless named. The share that is not the model is
-measured by timing the model's calls inside the same steps.
+Each stream has a prompt of its own; drafts and the prefix cache are off unless named. The share that is not the model
+is measured by timing the model's calls inside the same steps.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -38,8 +40,8 @@ class Timed:
         model.forward = self._time(self._forward)  # type: ignore[method-assign]
         model.logits = self._time(self._logits)  # type: ignore[method-assign]
 
-    def _time(self, function):  # type: ignore[no-untyped-def]
-        def call(*args):  # type: ignore[no-untyped-def]
+    def _time(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
             begun = time.perf_counter()
             found = function(*args)
             self.seconds += time.perf_counter() - begun

@@ -13,7 +13,7 @@ the highest resident memory of the process (imports included). The rows are meas
 
 The files are in the page cache (they were just written), so this is the cost of copying, not of a disk.
 
-With ``--quantised FILE.gguf`` instead (``mixtral init FILE.gguf --preset 8x7b --layers 4 --format q4_k_m`` makes one):
+With ``--quantised FILE.gguf``, such as ``mixtral init FILE.gguf --preset 8x7b --layers 4 --format q4_k_m`` makes:
 
     read only              the file into one buffer of 8 MB
     read into memory       the file into new memory in large pages, on one thread
@@ -131,6 +131,8 @@ def report_quantised(path: Path, rounds: int, *, untouched: bool) -> None:
         print(f"writing the packed cache, load included: {first:.1f} s")
         for _ in range(rounds):
             for cold in (True, False):
+                if not cold:
+                    in_child("read only", path)
                 for reader in QUANTISED:
                     if cold and not dropped():
                         continue

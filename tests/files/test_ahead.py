@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import sys
 import threading
@@ -42,37 +43,56 @@ def eventually(what: Callable[[], bool]) -> bool:
     return what()
 
 
+def running() -> bool:
+    return "mixtral-read-ahead" in [thread.name for thread in threading.enumerate()]
+
+
 def test_what_follows_is_mapped_and_no_more(tmp_path: Path) -> None:
     path = tmp_path / "x"
     memory, ahead = memory_of(path, 80 * MB), ReadAhead()
     try:
         assert mapped(path) == 0
-        ahead.at(memory, 10 * MB + 5)
-        assert eventually(lambda: mapped(path) >= 31 * MB)
+        assert ahead.need(memory, 4 * MB, 10 * MB + 5)
+        assert mapped(path) >= 6 * MB
+        assert eventually(lambda: mapped(path) >= 38 * MB)
         time.sleep(0.05)
-        assert mapped(path) <= 41 * MB
-        ahead.at(memory, 60 * MB)
-        assert eventually(lambda: mapped(path) >= 50 * MB)
+        assert mapped(path) <= 48 * MB
+        assert ahead.release(memory, 4 * MB, 8 * MB)
+        assert eventually(lambda: mapped(path) <= 40 * MB)
+        assert ahead.need(memory, 60 * MB, 80 * MB)
+        assert mapped(path) >= 50 * MB
+        assert ahead.need(memory, 0, MB)  # going back is allowed, and maps nothing
+        assert running()
     finally:
         ahead.close()
-    assert "mixtral-read-ahead" not in [thread.name for thread in threading.enumerate()]
-    memory.close()  # nothing refers to it any more
-    ahead.at(memory, 0)  # and it stays closed
-    assert "mixtral-read-ahead" not in [thread.name for thread in threading.enumerate()]
+    assert not running()
+    assert not ahead.need(memory, 0, MB)  # and it stays closed
+    assert not ahead.release(memory, 0, MB)
+    assert not running()
 
 
 def test_another_file_is_read_from_where_it_is_used(tmp_path: Path) -> None:
     first, second, ahead = memory_of(tmp_path / "a", 4 * MB), memory_of(tmp_path / "b", 48 * MB), ReadAhead()
     try:
-        ahead.at(first, 0)
+        assert ahead.need(first, 0, 4096)
         assert eventually(lambda: mapped(tmp_path / "a") == 4 * MB)
-        ahead.at(second, 40 * MB)
-        assert eventually(lambda: mapped(tmp_path / "b") == 8 * MB)
+        assert ahead.need(second, 40 * MB, 48 * MB)
+        assert mapped(tmp_path / "b") == 8 * MB
+    finally:
+        ahead.close()
+
+
+def test_a_file_that_became_shorter_ends_it(tmp_path: Path) -> None:
+    """The reader is told that nobody reads for it, and does what it can itself."""
+    memory, ahead = memory_of(tmp_path / "a", 32 * MB), ReadAhead()
+    os.truncate(tmp_path / "a", 4 * MB)
+    try:
+        assert not ahead.need(memory, 8 * MB, 9 * MB)
+        assert not ahead.need(memory, 0, MB)
     finally:
         ahead.close()
 
 
 def test_without_a_reader_there_is_no_thread() -> None:
-    ahead = ReadAhead()
-    ahead.close()
-    assert "mixtral-read-ahead" not in [thread.name for thread in threading.enumerate()]
+    ReadAhead().close()
+    assert not running()

@@ -126,12 +126,13 @@ class ShardReader:
         """A view of the file, whose pages are given back afterwards."""
         data = self._map(entry)
         page = start // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._ahead is not None:
-            self._ahead.at(data, start + count)
-        with contextlib.suppress(OSError):  # before Linux 5.14 every page is mapped when it is read
-            data.madvise(POPULATE_READ, page, start + count - page)
+        size = start + count - page
+        if self._ahead is None or not self._ahead.need(data, page, start + count):
+            with contextlib.suppress(OSError):  # before Linux 5.14 every page is mapped when it is read
+                data.madvise(POPULATE_READ, page, size)
         yield torch.frombuffer(data, dtype=torch.uint8, count=count, offset=start)
-        data.madvise(mmap.MADV_DONTNEED, page, start + count - page)
+        if self._ahead is None or not self._ahead.release(data, page, size):
+            data.madvise(mmap.MADV_DONTNEED, page, size)
 
     def _map(self, entry: Entry) -> mmap.mmap:
         data = self._maps.get(entry.shard)
