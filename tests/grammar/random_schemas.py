@@ -162,7 +162,7 @@ class _Writer:
             schema["patternProperties"] = {"^p_[a-z]+$": self.schema(0, optional=True)}
         if len(required) == len(names) and self.rng.random() < 0.3:
             schema["maxProperties"] = len(required) + self.rng.randint(0, 2)
-        if self.rng.random() < 0.1 and (names or kind >= 0.5):
+        if self.rng.random() < 0.1 and (names or kind >= 0.5) and "maxProperties" not in schema:
             schema["minProperties"] = max(1, len(required))
         return schema
 

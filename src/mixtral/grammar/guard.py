@@ -22,14 +22,16 @@ from mixtral.tokenizer import Tokenizer
 __all__ = ["Guard", "Limits"]
 
 _START_SECONDS = 60.0
-_GRACE_SECONDS = 1.0  # that a worker may take beyond the time of a trial
+_GRACE_SECONDS = 0.5  # that a worker may take beyond the time of a trial
 _CODES: dict[Kind, str] = {
     "schema": "schema_invalid",
     "regex": "regex_invalid",
     "grammar": "grammar_invalid",
     "choice": "grammar_invalid",
 }
-_TOO_COMPLEX = re.compile(r"too (?:large|complex|many|big|deep)|fuel|recursion limit|limit exceeded", re.IGNORECASE)
+_TOO_COMPLEX = re.compile(
+    r"too (?:large|complex|many|big|deep)|fuel|recursion limit|limit exceeded|max is", re.IGNORECASE
+)
 _UNSUPPORTED = re.compile(r"not supported|only supported|not disjoint|unable to determine|oneOf", re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"]*"|/[^/]*/')
 # Parts of the library's messages that tell a client nothing: places in our text and excerpts of it.
@@ -52,7 +54,8 @@ class Guard:
 
     A grammar is compiled, and a few answers are begun, in a child process that dies with it if it is hostile. What was
     found is remembered by the hash of the grammar, except that a trial took too long. Trials wait for one of
-    ``workers`` processes, which start with the first trials; ``check`` blocks, so call it from a thread.
+    ``workers`` processes, which start with the first trials or by ``start``; ``check`` blocks, so call it from a
+    thread.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, workers: int = 2, limits: Limits | None = None) -> None:
@@ -66,6 +69,11 @@ class Guard:
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
         self._known_bytes = 0
         self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start the processes now. Call it before the first ``check``. Raises MixtralError if one does not start."""
+        for worker in self._workers:
+            worker.start()
 
     def check(self, source: Source, *, wait_s: float = 4.0) -> None:
         """Return if the grammar can be used.
@@ -137,7 +145,7 @@ class _Worker:
     def ask(self, text: str) -> dict[str, Any] | None:
         """The outcome of a trial; None if the process died or hung, which ends it."""
         if self._process is None or self._process.poll() is not None:
-            self._start()
+            self.start()
         return self._exchange({"text": text}, self._seconds + _GRACE_SECONDS)
 
     @property
@@ -155,7 +163,8 @@ class _Worker:
                 if pipe is not None:
                     pipe.close()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the process anew. Raises MixtralError if it does not answer."""
         self.stop()
         # Nothing of our environment is handed on; the path of modules is.
         code = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from mixtral.grammar.trial import main; main()"

@@ -17,13 +17,11 @@ LARK_BYTES = 32 * 1024
 _REGEX_DEPTH = 32
 _LARK_DEPTH = 64
 
-# Strings, regular expressions and comments; what is left are names and signs.
-_OPAQUE = re.compile(r'"(?:[^"\\\n]|\\.)*"|//[^\n]*|/(?:[^/\\\n]|\\.)+/[a-z]*|#[^\n]*')
 _DIRECTIVE = re.compile(r"%\s*([A-Za-z_]+)")
 _DIRECTIVES = ("ignore", "import")
 # Named everywhere, in strings too: these change how the grammar is read, and no reading of strings is worth that risk.
 _OPTIONS = re.compile(r"%\s*(?:llguidance|json|lark|regex|if)\b")
-_ATTRIBUTES = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w-]*[ \t]*\[([^\]]*)\][ \t]*:", re.MULTILINE)
+_ATTRIBUTES = re.compile(r"^[ \t]*[?!]?[A-Za-z_][\w-]*[ \t]*\[([^\[\]]*)\][ \t]*:", re.MULTILINE)
 _ATTRIBUTE = re.compile(r"[A-Za-z_]+")
 _KNOWN_ATTRIBUTES = frozenset({"capture", "lazy", "suffix"})
 
@@ -52,7 +50,7 @@ def check_lark(definition: object, where: str) -> str:
     code = "grammar_invalid"
     text = _text(definition, where, most=LARK_BYTES, code=code)
     check_nesting(text, opening="([{", most=_LARK_DEPTH, where=where, code="grammar_too_complex")
-    bare = _OPAQUE.sub('""', text)
+    bare = _names_and_signs(text)
     used = [match.group() for match in _OPTIONS.finditer(text)]
     used += [match.group() for match in _DIRECTIVE.finditer(bare) if match.group(1) not in _DIRECTIVES]
     used += [f"{sign} (tokens and grammars cannot be named)" for sign in "<@" if sign in bare]
@@ -66,6 +64,30 @@ def check_lark(definition: object, where: str) -> str:
             code=code,
         )
     return lark_grammar(text)
+
+
+def _names_and_signs(text: str) -> str:
+    """The text without strings, regular expressions and comments. One pass, whatever is left open."""
+    kept: list[str] = []
+    closing, hidden = "", False  # of the part that is being left out: "\n" for a comment
+    for place, character in enumerate(text):
+        if closing:
+            if character == "\n":
+                closing = ""
+                kept.append(character)
+            elif hidden:
+                hidden = False
+            elif character == "\\":
+                hidden = closing != "\n"
+            elif character == closing:
+                closing = ""
+        elif character in '"/#':
+            is_comment = character == "#" or text.startswith("//", place)
+            closing, hidden = "\n" if is_comment else character, False
+            kept.append(" ")
+        else:
+            kept.append(character)
+    return "".join(kept)
 
 
 def _text(value: object, where: str, *, most: int, code: str) -> str:
