@@ -22,12 +22,13 @@ With ``--quantised FILE.gguf``, such as ``mixtral init FILE.gguf --preset 8x7b -
 
 each from the page cache and, where ``/proc/sys/vm/drop_caches`` may be written to, from the disk. On a virtual machine
 memory that nobody uses may belong to the host; to get it back takes longer than anything here. So as much memory as a
-load needs is used and given back shortly before each measurement, unless ``--untouched``.
+load needs is used and given back right before each measurement, unless ``--untouched``.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import resource
 import statistics
@@ -95,9 +96,11 @@ def measure(reader: str, folder: Path) -> tuple[float, int]:
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure_quantised(reader: str, path: Path, cache: Path | None) -> tuple[float, int]:
+def measure_quantised(reader: str, path: Path, cache: Path | None, *, untouched: bool) -> tuple[float, int]:
     """The same, of one GGUF file; ``cache`` is the folder of packed weights, for the last of the readers."""
     module()  # what is measured is not the import
+    if not untouched:
+        touch(path.stat().st_size * 5 // 2)
     start = time.monotonic()
     if reader.startswith("mixtral"):
         kept: object = load_model(path, device="cpu", packed_cache=cache)
@@ -136,9 +139,8 @@ def report_quantised(path: Path, rounds: int, *, untouched: bool) -> None:
                 for reader in QUANTISED:
                     if cold and not dropped():
                         continue
-                    if not untouched:
-                        touch(3 * size)
-                    more = ("--cache", name) if reader == QUANTISED[-1] else ()
+                    more: tuple[str, ...] = ("--cache", name) if reader == QUANTISED[-1] else ()
+                    more += ("--untouched",) if untouched else ()
                     results.setdefault((reader, cold), []).append(in_child(reader, path, *more))
     print(f"{'':24}{'from':8}{'seconds':>24}{'of reading':>12}{'peak MB':>9}")
     for (reader, cold), rows in results.items():
@@ -164,10 +166,16 @@ def dropped() -> bool:
 
 
 def touch(size: int) -> None:
-    """Use so much memory for a moment, or half of what is free."""
+    """Use so much memory for a moment, or most of what is free, in a process of its own."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    code = f"import torch\nfrom mixtral.ops.memory import empty\nempty(({min(size, free // 2)},), torch.uint8).fill_(1)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    child = os.fork()
+    if child == 0:
+        memory = mmap.mmap(-1, min(size, free * 9 // 10))
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for place in range(0, len(memory), mmap.PAGESIZE):
+            memory[place] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
 
 
 def report(folder: Path, rounds: int) -> None:
@@ -203,7 +211,7 @@ def main() -> None:
     parser.add_argument("--child", choices={*READERS, *QUANTISED}, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child and options.quantised:
-        print(*measure_quantised(options.child, options.quantised, options.cache))
+        print(*measure_quantised(options.child, options.quantised, options.cache, untouched=options.untouched))
     elif options.quantised:
         report_quantised(options.quantised, options.rounds, untouched=options.untouched)
     elif options.child:

@@ -350,9 +350,8 @@ def load(
             _log.info("packed cache: nothing in this model is packed, so none is written")
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
-    cache = None if packed_cache is None else Path(packed_cache)
-    options: dict[str, Any] = {"unpickle": unpickle, "decode": decode, "reference": reference, "packed_cache": cache}
-    found = load_model(folder, device=target, dtype=kind, **options)
+    options: dict[str, Any] = {"unpickle": unpickle, "decode": decode, "packed_cache": packed_cache}
+    found = load_model(folder, device=target, dtype=kind, reference=reference, **options)
     if compiled:
         compile_model(found, kv_dtype=kv_dtype)
     fitting = Tokenizer.version_for(found.config.vocab_size)

@@ -43,7 +43,7 @@ def load_model(
     unpickle: bool = False,
     decode: bool = False,
     reference: bool = False,
-    packed_cache: Path | None = None,
+    packed_cache: str | Path | None = None,
 ) -> Mixtral:
     """Load a checkpoint of any layout; routers are fp32. Quantised matrices stay as they are: on the CPU compiled
     kernels multiply with them; those without a kernel, or all if ``reference``, are decoded to ``dtype`` where they are
@@ -68,7 +68,7 @@ def load_model(
     with unchanged(path):
         found = open_checkpoint(path, unpickle=unpickle)
         model = Mixtral(found.config, device="meta", dtype=dtype or _own_dtype(found))
-        cache = None if packed_cache is None else PackedCache(packed_cache, found)
+        cache = None if packed_cache is None else PackedCache(Path(packed_cache), found)
         with MatrixReader(ahead=cache is None or not cache.found) as reader, torch.no_grad():
             pack = _packer(found, reader, cache) if compiled else None
             _fill(model, found, reader, torch.device(device), decode=decode, pack=pack)
