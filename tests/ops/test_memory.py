@@ -1,11 +1,17 @@
-"""Memory in large pages is ordinary memory."""
+"""Memory in large pages is ordinary memory; what is left is what Linux says."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from mixtral.ops.memory import LARGE, empty
+from mixtral.ops.memory import LARGE, available_bytes, empty
+
+
+def control_group(most: str, used: str) -> dict[str, str]:
+    return {"sys/fs/cgroup/memory.max": f"{most}\n", "sys/fs/cgroup/memory.current": f"{used}\n"}
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
@@ -19,3 +25,24 @@ def test_empty(size: int, dtype: torch.dtype) -> None:
     assert found.data_ptr() % 64 == 0
     parameter = torch.nn.Parameter(found.float())
     parameter.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 2 << 30),
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5000 kB\n"}, 5000 * 1024),
+        ({"proc/meminfo": "MemAvailable: 5000 kB\n", **control_group("4096000", "1000")}, 4095000),
+        ({"proc/meminfo": "MemAvailable: 5000 kB\n", **control_group("max", "1000")}, 5000 * 1024),
+        (control_group("1000", "4000"), 0),
+    ],
+)
+def test_available_bytes(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_bytes(torch.device("cpu"), tmp_path) == expected
+
+
+def test_this_machine_has_memory_left() -> None:
+    assert available_bytes(torch.device("cpu")) > 1 << 20
