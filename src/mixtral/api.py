@@ -341,6 +341,8 @@ def load(
     chosen = threads or min(torch.get_num_threads(), usable_cores())
     if chosen != torch.get_num_threads():
         torch.set_num_threads(chosen)
+    # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
+    engine = EngineConfig(speculation=compiled)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind, packed=compiled and not decode)
@@ -349,7 +351,8 @@ def load(
         if packed_cache is not None:
             _log.info("packed cache: nothing in this model is packed, so none is written")
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
-        return LLM(compact.model, Tokenizer.from_version(version, respell=compact.respell), name=name)
+        respelling = Tokenizer.from_version(version, respell=compact.respell)
+        return LLM(compact.model, respelling, name=name, engine=engine)
     options: dict[str, Any] = {"unpickle": unpickle, "decode": decode, "packed_cache": packed_cache}
     found = load_model(folder, device=target, dtype=kind, reference=reference, **options)
     if compiled:
@@ -358,7 +361,7 @@ def load(
     tokenizer = Tokenizer.from_version(fitting) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):
         check_pieces(tokenizer, pieces, source=str(folder))
-    return LLM(found, tokenizer, name=name)
+    return LLM(found, tokenizer, name=name, engine=engine)
 
 
 def folder_of(model: str | Path) -> Path:

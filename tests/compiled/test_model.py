@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral.compiled import KV_DTYPES, compile_model
+from mixtral.compiled import KV_DTYPES, CompiledCache, compile_model
 from mixtral.config import MixtralConfig
 from mixtral.engine.engine import Engine
 from mixtral.engine.generator import Generator
@@ -243,3 +243,14 @@ def test_the_log_says_what_runs_where(caplog: pytest.LogCaptureFixture) -> None:
     assert "32 matrices Q4_K" in told
     assert "1 matrices Q5_1 (no kernel: decoded where it is used)" in told
     assert told.endswith("keys and values int8")
+
+
+@pytest.mark.parametrize("kind", KV_DTYPES)
+def test_cleared_pages_hold_zeros(kind: str) -> None:
+    cache = CompiledCache(MixtralConfig(**SIZES), pages=4, kv_dtype=kind)
+    cache.blocks.fill_(255)
+    cache.clear([3, 1])
+    assert (cache.blocks[:, [1, 3]] == 0).all()
+    assert (cache.blocks[:, [0, 2]] == 255).all()
+    assert cache.nbytes == cache.blocks.numel()
+    assert all((layer == cache.blocks[number].numpy()).all() for number, layer in enumerate(cache.layers))

@@ -229,3 +229,39 @@ def test_nan_is_an_error_and_frees_the_pages(model: Mixtral, generator: Generato
         with torch.no_grad():
             weight.copy_(kept)
     assert generator.pages_in_use == 0
+
+
+def test_streams_that_are_open_side_by_side(generator: Generator) -> None:
+    """Each gets what it gets alone, in whatever order they are asked."""
+    params = SamplingParams(temperature=1.0, seed=4, max_tokens=30, stop_ids=())
+    alone = [run(generator, [prompt], params)[0] for prompt in PROMPTS[:3]]
+    streams = [generator.stream([prompt], params) for prompt in PROMPTS[:3]]
+    found: list[list[int]] = [[], [], []]
+    for turn in range(400):
+        number = (turn * turn + turn // 7) % 3
+        event = next(streams[number], None)
+        if event is not None:
+            found[number].append(event.id)
+    assert found == alone
+    assert generator.pages_in_use == 0
+
+
+def test_a_stream_whose_engine_was_stopped_says_so(generator: Generator) -> None:
+    events = generator.stream([[1, 2]], GREEDY)
+    next(events)
+    generator.engine.abort_all()
+    with pytest.raises(RuntimeError, match="cannot go on"):
+        next(events)
+    assert len(run(generator, [[1, 2]], GREEDY)[0]) == 64
+
+
+def test_a_stream_that_was_never_asked_holds_nothing(generator: Generator) -> None:
+    generator.stream([[1] * 100], GREEDY)
+    assert not generator.engine.has_work
+
+
+def test_a_cache_that_is_too_small_for_all_is_enough_for_each(model: Mixtral) -> None:
+    small = Generator(Engine(model, EngineConfig(pages=4)))
+    assert run(small, PROMPTS, GREEDY) == run(Generator(Engine(model)), PROMPTS, GREEDY)
+    with pytest.raises(CapacityError, match="has room for 256"):
+        small.stream([[1] * 250], GREEDY)

@@ -169,7 +169,7 @@ def run_machine(machine: type[EngineMachine], examples: int, steps: int) -> None
 
 
 def test_random_requests() -> None:
-    run_machine(EngineMachine, 60, 15)
+    run_machine(EngineMachine, 30, 15)
 
 
 @pytest.mark.slow

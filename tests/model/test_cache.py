@@ -100,3 +100,13 @@ def test_later_tokens_do_not_reach_back(tiny_model: Mixtral, read: Read) -> None
     (after,) = read(tiny_model, [[*ids[:50], (ids[50] + 1) % 320, *ids[51:]]])
     assert (before[:50] - after[:50]).abs().max() < 1e-4
     assert ((before[50:] - after[50:]).abs().amax(1) > 1e-3).all()
+
+
+def test_cleared_pages_hold_zeros(tiny_config: MixtralConfig) -> None:
+    cache = nan_cache(tiny_config, 4)
+    cache.clear([3, 1])
+    for stored in (cache.keys, cache.values):
+        pages = stored.unflatten(1, (4, PAGE_SIZE))
+        assert (pages[:, [1, 3]] == 0).all()
+        assert pages[:, [0, 2]].isnan().all()
+    assert cache.nbytes == 2 * cache.keys.nbytes

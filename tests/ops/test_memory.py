@@ -1,4 +1,4 @@
-"""Memory in large pages is ordinary memory."""
+"""Memory in large pages is ordinary memory; what is left is what Linux says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixtral.ops.memory import LARGE, empty, map_file
+from mixtral.ops.memory import LARGE, available_bytes, empty, map_file
+
+
+def control_group(most: str, used: str) -> dict[str, str]:
+    return {"sys/fs/cgroup/memory.max": f"{most}\n", "sys/fs/cgroup/memory.current": f"{used}\n"}
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
@@ -33,3 +37,24 @@ def test_a_file(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="empty"):
         map_file(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 2 << 30),
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5000 kB\n"}, 5000 * 1024),
+        ({"proc/meminfo": "MemAvailable: 5000 kB\n", **control_group("4096000", "1000")}, 4095000),
+        ({"proc/meminfo": "MemAvailable: 5000 kB\n", **control_group("max", "1000")}, 5000 * 1024),
+        (control_group("1000", "4000"), 0),
+    ],
+)
+def test_available_bytes(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_bytes(torch.device("cpu"), tmp_path) == expected
+
+
+def test_this_machine_has_memory_left() -> None:
+    assert available_bytes(torch.device("cpu")) > 1 << 20

@@ -17,6 +17,7 @@ from mixtral.model.mixtral import Mixtral
 from mixtral.quant.int8 import decode, encode
 from mixtral.weights.compact import MANIFEST_NAME, is_compact, load_compact, save_compact
 from mixtral.weights.load import load_model
+from mixtral.weights.save import checked_parameters, save_model
 from mixtral.weights.vocab import expand_rows, row_map, share_rows
 
 Make = Callable[..., Mixtral]
@@ -197,3 +198,48 @@ def test_bad_respelling_is_not_written(
 ) -> None:
     with pytest.raises(CheckpointError, match="respell"):
         save_compact(trained, tmp_path / "new", row_of_id=rows, respell=respell, metadata={})
+
+
+# --- integers that stay integers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_packed_model_holds_the_same_numbers(compact: Path, dtype: torch.dtype | None) -> None:
+    plain = load_compact(compact, device="cpu", dtype=dtype)
+    packed = load_compact(compact, device="cpu", dtype=dtype, packed=True)
+    assert packed.model.dtype == plain.model.dtype
+    assert (packed.respell, packed.metadata) == (plain.respell, plain.metadata)
+    dense = [name for name, _ in packed.model.named_parameters()]
+    assert all("norm" in name or "gate.weight" in name for name in dense)
+    found = checked_parameters(packed.model)
+    for name, value in plain.model.named_parameters():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_packed_model_gives_the_logits_of_the_decoded_one(compact: Path) -> None:
+    """Up to the rounding of inputs to int8; embedding rows exactly."""
+    plain = load_compact(compact, device="cpu").model
+    packed = load_compact(compact, device="cpu", packed=True).model
+    ids = torch.arange(80)
+    assert torch.equal(packed.model.embed_tokens(ids), plain.model.embed_tokens(ids))
+    hidden_TD = torch.randn(7, 64, generator=torch.Generator().manual_seed(3))
+    expected, scores = plain.logits(hidden_TD), packed.logits(hidden_TD)
+    assert scores.shape == (7, 80)
+    assert (scores - expected).abs().max() < 0.02 * expected.abs().max()
+    shared = [id for id in range(80) if id not in TRAINED]
+    assert (scores[:, shared] == scores[:, shared[:1]]).all()
+
+
+def test_scores_of_shared_rows_in_another_dtype(compact: Path) -> None:
+    packed = load_compact(compact, device="cpu", packed=True).model
+    hidden_TD = torch.randn(3, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+    expected = packed.lm_head(hidden_TD.float()).bfloat16()
+    assert torch.equal(packed.lm_head(hidden_TD), expected)
+
+
+def test_a_packed_model_is_saved_decoded(compact: Path, tmp_path: Path) -> None:
+    packed = load_compact(compact, device="cpu", packed=True).model
+    save_model(packed, tmp_path / "saved", layout="fused", overwrite=False)
+    again = load_model(tmp_path / "saved", device="cpu")
+    for name, value in load_compact(compact, device="cpu").model.named_parameters():
+        assert torch.equal(again.get_parameter(name), value), name

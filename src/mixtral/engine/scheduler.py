@@ -158,8 +158,9 @@ class Scheduler:
 
     def _admit(self, plan: Plan, room: int) -> None:
         head: Sequence | None = None
+        refused = 0
         for sequence in tuple(self.waiting):
-            if not room or len(self.running) >= self.config.max_num_seqs:
+            if not room or len(self.running) >= self.config.max_num_seqs or refused > MOST_PASSED:
                 return
             request = sequence.request
             leader = request.leader(sequence.prompt)
@@ -167,6 +168,7 @@ class Scheduler:
                 continue
             shared = self._shared(sequence, leader)
             if not self._fits(sequence, shared):
+                refused += 1
                 if head is None:
                     head = sequence
                 if head.passed >= MOST_PASSED:

@@ -17,7 +17,7 @@ _LENGTHS = (4, 8, 16)
 _MARGIN = 1.1  # a draft must promise this much more than it costs
 # The record that a sequence begins with, by length of the match: so many tokens kept, so many not.
 _BEGIN = ((1.0, 1.0), (3.0, 1.0), (8.0, 1.0))
-_KEEP, _FORGET = 0.9, 0.99
+_KEEP, _FORGET = 0.9, 0.997
 
 
 class Costs:
