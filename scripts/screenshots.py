@@ -17,7 +17,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 __all__ = ["main", "take"]
 
@@ -25,7 +25,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "-
 ANSWER_S = 300
 QUESTION = "When does breakfast start?"
 FOLLOWING = "How much is a double room at the hotel?"
-CALLING = "Is the Castle open on Monday?"
+CALLING = "Is the Maritime Museum open on Monday?"
 
 
 class Camera:
@@ -53,12 +53,13 @@ class Camera:
         self._wait(lambda: self._id("send").is_displayed())
 
     def click(self, selector: str) -> None:
-        """Click the last element that fits; without one nothing happens (a server may report no experts)."""
-        found = self.browser.find_elements(By.CSS_SELECTOR, selector)
-        if found:
-            self.browser.execute_script(
-                "arguments[0].scrollIntoView({ block: 'nearest' }); arguments[0].click()", found[-1]
-            )
+        """Click the last element that fits."""
+        found = self.browser.find_elements(By.CSS_SELECTOR, selector)[-1]
+        self.browser.execute_script("arguments[0].scrollIntoView({ block: 'nearest' }); arguments[0].click()", found)
+
+    def choose(self, id: str, label: str) -> None:
+        """An option of a drop-down list."""
+        Select(self._id(id)).select_by_visible_text(label)
 
     def bottom(self) -> None:
         """Scroll the conversation to its end."""
@@ -99,6 +100,7 @@ def take(camera: Camera) -> None:
     camera.click("#settings-button")
     camera.click("#settings details:nth-of-type(4):not([open]) > summary")
     camera.click("#add-example-tool")
+    camera.choose("tool-choice", "It must")
     camera.ask(CALLING)
     camera.picture("tools")
 

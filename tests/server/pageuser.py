@@ -18,6 +18,7 @@ class PageUser:
     def __init__(self, browser: webdriver.Chrome, address: str, *, status: str = "Ready") -> None:
         self.browser = browser
         self.address = address
+        browser.get_log("browser")  # what earlier tests left
         self.load(status)
 
     def load(self, status: str = "Ready") -> None:

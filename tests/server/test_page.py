@@ -42,11 +42,23 @@ def test_a_typed_question_is_answered(user: PageUser, engine: FakeEngine) -> Non
         assert part in text
 
 
+def test_every_token_is_lined_up_with_its_experts(user: PageUser, engine: FakeEngine) -> None:
+    user.ask("When does breakfast start?")
+    user.click("Words")
+    [prompt] = engine.prompts
+    ids = engine.tokenizer.encode(ANSWER)
+    words = user.run("return [...document.querySelectorAll('.cell .word')].map((each) => each.textContent)")
+    assert len(words) == len(ids)
+    assert "".join(words).replace("␣", " ").replace("↵", "\n").lstrip() == ANSWER
+    shown = user.run("return [...document.querySelectorAll('.cell b')].map((each) => Number(each.textContent))")
+    experts = engine.routing(len(prompt), len(ids)).experts
+    assert shown == list(experts[:: 2 * engine.layers])  # the first expert of layer 0
+
+
 def test_nothing_is_blocked_and_nothing_comes_from_elsewhere(user: PageUser) -> None:
-    user.open_settings()
-    user.id("experts").click()
     user.ask("Hello")
     assert user.answers == [ANSWER]
+    assert user.all(".experts")
     assert [entry for entry in user.browser.get_log("browser") if entry["level"] in {"WARNING", "SEVERE"}] == []
     names = user.run("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert {"app.js", "markdown.js", "base.css", "completions"} <= {name.rsplit("/", 1)[-1] for name in names}

@@ -58,6 +58,15 @@ def test_a_token_shows_its_experts_in_all_layers(user: PageUser) -> None:
     assert user.one(".detail .token").text.startswith(f"0. token {len(TOKENS)}")  # the last one
 
 
+def test_a_former_answer_shows_its_strip_and_more_when_asked(user: PageUser) -> None:
+    user.ask("Hello")
+    user.ask("Again")
+    assert [each.is_displayed() for each in user.all(".strip")] == [True, True]
+    assert [each.is_displayed() for each in user.all(".detail")] == [False, True]
+    user.all(".strip .cell")[1].click()
+    assert [each.is_displayed() for each in user.all(".detail")] == [True, True]
+
+
 def test_the_strip_is_walked_with_keys(user: PageUser, page_server: PageServer) -> None:
     page_server.replies = [Reply(TEXT, finish="length")]
     user.ask("Hello")

@@ -177,6 +177,7 @@ export class ExpertsView {
     this.options[this.chosen]?.setAttribute("aria-selected", "false");
     this.chosen = place;
     this.fixed = fixed && place !== null;
+    if (this.fixed) this.element.classList.add("opened");
     const option = this.options[place];
     option?.setAttribute("aria-selected", "true");
     if (option) this.strip.setAttribute("aria-activedescendant", option.id);
