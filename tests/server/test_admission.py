@@ -268,7 +268,9 @@ from fake import FakeEngine
 from threaded import ThreadEngine
 from mixtral.server import ServerConfig, serve
 config = ServerConfig(port=0, drain_s=20)
-engine = ThreadEngine(FakeEngine("one two three " * 100, delay_s=0.02), config)
+fake = FakeEngine(delay_s=0.02)
+fake.reply = lambda prompt: print("asked", flush=True) or "one two three " * 100
+engine = ThreadEngine(fake, config)
 serve(engine, config, on_ready=lambda url: print(url, flush=True))
 print("after")
 """
@@ -284,8 +286,7 @@ def test_a_signal_ends_it_in_order(number: signal.Signals, twice: bool, ending: 
             raise RuntimeError("no pipe")
         address = process.stdout.readline().strip()
         stream = pool.submit(post, address, stream=True, max_tokens=50)
-        wait_until(lambda: stream.running())
-        time.sleep(0.3)
+        assert process.stdout.readline() == "asked\n"
         for _ in range(1 + twice):
             os.kill(process.pid, number)
             time.sleep(0.2)
