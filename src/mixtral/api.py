@@ -335,12 +335,7 @@ def load(
             "kv_dtype is for compiled kernels, which run on the CPU and without reference", param="kv_dtype"
         )
     folder = folder_of(model)
-    if threads is not None and not 1 <= threads <= 1024:
-        raise ConfigError(f"threads is {threads!r}; expected 1 to 1024", param="threads")
-    # Torch knows no quotas and may take two CPUs of one core for two; a number below that was somebody's choice.
-    chosen = threads or min(torch.get_num_threads(), usable_cores())
-    if chosen != torch.get_num_threads():
-        torch.set_num_threads(chosen)
+    _use_threads(threads)
     # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
     engine = EngineConfig(speculation=compiled)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
@@ -362,6 +357,15 @@ def load(
     if tokenizer and (pieces := pieces_of(folder)):
         check_pieces(tokenizer, pieces, source=str(folder))
     return LLM(found, tokenizer, name=name, engine=engine)
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None and not 1 <= threads <= 1024:
+        raise ConfigError(f"threads is {threads!r}; expected 1 to 1024", param="threads")
+    # Torch knows no quotas and may take two CPUs of one core for two; a number below that was somebody's choice.
+    chosen = threads or min(torch.get_num_threads(), usable_cores())
+    if chosen != torch.get_num_threads():
+        torch.set_num_threads(chosen)
 
 
 def folder_of(model: str | Path) -> Path:
