@@ -15,7 +15,7 @@ FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve chat test test-slow test-all test-peers test-levels test-amx sanitize lint format bench map
+.PHONY: help install dev serve chat test test-slow test-long test-all test-peers test-levels test-amx sanitize lint format bench map
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -51,10 +51,13 @@ test: $(VENV)/.dev  ## the default tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not peers" $(ARGS)
 
 test-slow: $(VENV)/.dev  ## only the tests marked slow
-	$(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "slow and not long and not peers" $(ARGS)
 
-test-all: $(VENV)/.dev  ## every test
-	$(BIN)/python -m pytest -n 2 -m "not peers" $(ARGS)
+test-long: $(VENV)/.dev  ## only the tests marked long: random requests for minutes, measured time; on a quiet machine
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-all: $(VENV)/.dev  ## the default and the slow tests
+	$(BIN)/python -m pytest -n 2 -m "not peers and not long" $(ARGS)
 
 test-peers: $(VENV)/.dev  ## tests against llama.cpp, which is compiled first (10 minutes), and compressed-tensors
 	$(BIN)/pip install llama-cpp-python --no-binary llama-cpp-python

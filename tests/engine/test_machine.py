@@ -172,6 +172,7 @@ def test_random_requests() -> None:
     run_machine(EngineMachine, 30, 15)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_random_requests_at_length() -> None:
@@ -243,9 +244,9 @@ class TooManyTokens(CheckedScheduler):
     "fault",
     [
         PagesAreFreedTooLate,
-        pytest.param(PreemptedKeepsItsPlace, marks=pytest.mark.slow),
+        pytest.param(PreemptedKeepsItsPlace, marks=[pytest.mark.slow, pytest.mark.long]),
         RejectedDraftsStay,
-        pytest.param(OldestIsPreempted, marks=pytest.mark.slow),
+        pytest.param(OldestIsPreempted, marks=[pytest.mark.slow, pytest.mark.long]),
         SiblingsDoNotWait,
         TooManyTokens,
     ],

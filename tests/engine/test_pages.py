@@ -307,6 +307,7 @@ def test_random_use(machine: type[PagesMachine]) -> None:
     run_state_machine_as_test(machine, settings=settings_of(40, 30))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("machine", [PagesMachine, ConstantHash])

@@ -150,6 +150,7 @@ def test_random_calls_are_read_and_valid(v3: Grammar) -> None:
     assert check_random_calls(v3, range(40)) > 30
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_thousand_random_calls_are_read_and_valid(v3: Grammar) -> None:

@@ -269,6 +269,7 @@ def test_random_answers_are_valid(v3: Grammar) -> None:
     assert refused < 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", ["v1", "v3"])

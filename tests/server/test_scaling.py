@@ -20,7 +20,7 @@ from mixtral.server.errors import ApiError
 from mixtral.server.protocol import read_chat, read_completion
 from mixtral.server.work import prepare_chat, prepare_completion
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 TEXTS: dict[str, Callable[[int], str]] = {
     "words": lambda n: "some words " * (n // 11),
     "one letter": lambda n: "a" * n,

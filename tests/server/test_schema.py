@@ -156,6 +156,7 @@ def test_the_document_and_the_server_agree(address: str, document: dict[str, Any
     assert answers[400] >= 1 or path not in PATHS
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("path", [*PATHS, ""])
@@ -169,6 +170,7 @@ def test_the_document_and_the_server_agree_at_length(address: str, document: dic
     assert answers[400] >= 100 or not path
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "lie"),

@@ -109,6 +109,7 @@ def test_a_client_that_leaves_the_queue_never_reaches_a_slot() -> None:
         assert beat.stats.prompt_tokens == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_readers_that_read_nothing_cost_little_and_delay_nobody(pool: ThreadPoolExecutor) -> None:
     config = ServerConfig(port=0, drain_s=1.0, stall_timeout_s=1.0, buffer_bytes=64 * 1024)
@@ -128,6 +129,7 @@ def test_readers_that_read_nothing_cost_little_and_delay_nobody(pool: ThreadPool
         assert sample(address, "mixtral_aborted_total") == 6
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_far_too_much_is_refused_at_the_door_and_the_rest_is_answered(pool: ThreadPoolExecutor) -> None:
     config = ServerConfig(port=0, drain_s=1.0, queue_size=4)
@@ -200,7 +202,7 @@ def storm(address: str, seed: int, seconds: float, problems: list[str]) -> None:
             problems.append(f"{prompt} {count} {stream}: {response.status_code} {response.text[:300]}")
 
 
-@pytest.mark.parametrize("seconds", [1.5, pytest.param(60.0, marks=[pytest.mark.slow, pytest.mark.timeout(180)])])
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(60.0, marks=[pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(180)])])
 def test_a_storm_of_cancels_leaves_the_others_their_bytes(seconds: float) -> None:
     with serving(spawn(0.001, slots=16)) as (address, client, _):
         pid = engine_pid(client)
