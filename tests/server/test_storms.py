@@ -202,7 +202,9 @@ def storm(address: str, seed: int, seconds: float, problems: list[str]) -> None:
             problems.append(f"{prompt} {count} {stream}: {response.status_code} {response.text[:300]}")
 
 
-@pytest.mark.parametrize("seconds", [1.5, pytest.param(60.0, marks=[pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(180)])])
+@pytest.mark.parametrize(
+    "seconds", [1.5, pytest.param(60.0, marks=[pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(180)])]
+)
 def test_a_storm_of_cancels_leaves_the_others_their_bytes(seconds: float) -> None:
     with serving(spawn(0.001, slots=16)) as (address, client, _):
         pid = engine_pid(client)
