@@ -49,7 +49,7 @@ def build_engine(start: Start) -> tuple[Engine, Hello]:
         layers=llm.config.num_hidden_layers,
         experts=llm.config.num_local_experts,
         tokenizer=tokenizer.version,
-        respell=dict(tokenizer.respell),
+        respell=tokenizer.respell,
         cache_tokens=engine.cache_tokens,
         fingerprint=fingerprint(folder_of(start.model), tokenizer.sha256, start),
     )

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib.resources
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from mixtral.errors import TokenizerError
@@ -63,9 +62,9 @@ class Tokenizer:
                 self._check(each)
 
     @property
-    def respell(self) -> Mapping[int, tuple[int, ...]]:
+    def respell(self) -> dict[int, tuple[int, ...]]:
         """The ids that ``encode`` never gives, each with the ids that spell it; empty if every id was trained."""
-        return MappingProxyType(self._respell)
+        return dict(self._respell)
 
     @classmethod
     def from_version(cls, version: str, *, respell: Mapping[int, tuple[int, ...]] | None = None) -> Tokenizer:
