@@ -267,10 +267,12 @@ def test_inspect_a_folder_with_a_config_only(tmp_path: Path, capsys: Capture) ->
 def test_serve_hands_the_model_to_the_server(folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def serve(engine: Any, config: Any, *, on_ready: Any) -> None:
+    def serve(engine: Any, config: Any, *, grammar: Any, on_ready: Any) -> None:
         async def ready() -> None:
             await engine.start()
             await engine.until_ready()
+            grammar.check(grammar.text_constraint({"type": "json_object"}))  # with the vocabulary of the engine
+            grammar.close()
             seen.extend((engine, config))
             on_ready("http://127.0.0.1:1234")
             logging.getLogger("mixtral.server").info("a request")
