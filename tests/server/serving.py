@@ -59,7 +59,7 @@ def serving(
     try:
         until(lambda: bool(server.started or errors))
         if wait:
-            until(lambda: client.state == "ready" or bool(errors))
+            until(lambda: client.state == "ready" or bool(errors), timeout_s=60.0)  # loading takes long beside others
         host, port = server.servers[0].sockets[0].getsockname()[:2] if server.servers else ("none", 0)
         yield f"http://{host}:{port}", client, server
     finally:
