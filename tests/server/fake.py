@@ -209,7 +209,7 @@ def listening(
             raise TimeoutError("the server did not stop")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Return as soon as ``condition`` holds; TimeoutError if it never does."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -143,7 +143,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Return as soon as ``condition`` holds; TimeoutError if it never does."""
     end = time.monotonic() + timeout_s
     while not condition():
