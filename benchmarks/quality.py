@@ -1,12 +1,12 @@
 """What each number format costs on the embedded model; GGUF formats by us and by llama.cpp from one float16 file.
 
-    python benchmarks/quality.py --peer PYTHON [--tokens 3000] [--kernels]
+    python benchmarks/quality.py --peer PYTHON [--tokens 3000] [--kernels [--format q4_0]...]
 
 PYTHON is an interpreter that has llama-cpp-python. Both files are run by our reference path in float32, on held-out
 documents of the town desk; folders of integers are only ours. Prints a table: file size, perplexity, Kullback-Leibler
 divergence from the float16 file. With ``--kernels`` it is our file that both programs run instead, we on compiled
 kernels with keys and values in float32 and in int8, llama.cpp with its defaults (keys and values in float16); the
-divergence is that from the same weights on our reference path, and from the float16 file.
+divergence is that from the same weights on our reference path, and from the float16 file. Folders of integers are ours.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from quantize import PEER
 
 FORMS = ("q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "q3_k_m", "q3_k_s", "q2_k")
 INTEGERS = ("int8", "int8_g32", "int4_g32", "int4_g64", "int4_g128", "int3_g32", "int3_g64", "int3_g128")
+KERNEL_FORMS = ("bf16", "f16", *FORMS, *INTEGERS)
 
 
 def write(source: Path, target: Path, form: str) -> None:
@@ -78,21 +79,26 @@ np.save(target, np.concatenate(found))
 
 
 def both(form: str, before: Logits, source: Path, folder: Path, texts: list[list[int]], peer: str) -> str:
-    """A line of the table of ``--kernels``: divergences of one file."""
-    path, ids = folder / "ours.gguf", [i for text in texts for i in text]
-    write(source, path, form)
+    """A line of the table of ``--kernels``: divergences of one file; the peer runs GGUF alone."""
+    path, ids = folder / ("ours.gguf" if form not in INTEGERS else form), [i for text in texts for i in text]
+    if form in INTEGERS:
+        convert(source, path, layout="per-expert", form=form)
+    else:
+        write(source, path, form)
     exact = logits(path, texts)
-    (folder / "texts.json").write_text(json.dumps(texts))
-    command = [peer, "-c", PEER_LOGITS, str(path), str(folder / "texts.json"), str(folder / "theirs.npy")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = []
     for kind in ("float32", "int8"):
         llm = mixtral.load(path, dtype="float32", kv_dtype=kind)
         found.append(torch.cat([llm.logits(text) for text in texts]).numpy())
-    found.append(np.load(folder / "theirs.npy"))
-    against_weights = [f"{compare(exact, one, ids).kl_mean:.6f}" for one in found]
-    against_source = [f"{compare(before, one, ids).kl_mean:.6f}" for one in found]
-    return f"| {form} | " + " | ".join(against_weights + against_source) + " |"
+    if form not in INTEGERS:
+        (folder / "texts.json").write_text(json.dumps(texts))
+        command = [peer, "-c", PEER_LOGITS, str(path), str(folder / "texts.json"), str(folder / "theirs.npy")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        found.append(np.load(folder / "theirs.npy"))
+    cells = []
+    for reference in (exact, before):
+        cells += [f"{compare(reference, one, ids).kl_mean:.6f}" for one in found] + [""] * (3 - len(found))
+    return f"| {form} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -100,11 +106,12 @@ def main() -> None:
     parser.add_argument("--peer", required=True)
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--format", action="append", choices=KERNEL_FORMS, help="with --kernels; repeatable")
     options = parser.parse_args()
     texts = documents(options.tokens)
     ids = [i for text in texts for i in text]
     if options.kernels:
-        run_kernels(texts, options.peer)
+        run_kernels(texts, options.peer, options.format or list(KERNEL_FORMS))
         return
     print(f"{len(texts)} documents, {len(ids):,} tokens; ours | llama.cpp")
     print("| format | MB | perplexity | KL, mean | KL, 99 % | same top token |\n|---|---|---|---|---|---|", flush=True)
@@ -127,7 +134,7 @@ def main() -> None:
             print(f"| {form} | " + " | ".join(cells(found[0])) + " |", flush=True)
 
 
-def run_kernels(texts: list[list[int]], peer: str) -> None:
+def run_kernels(texts: list[list[int]], peer: str, forms: list[str]) -> None:
     """The table of ``--kernels``."""
     print(f"{len(texts)} documents, {sum(map(len, texts)):,} tokens: mean KL from the same weights, and from float16")
     print("| format | kernels | int8 cache | llama.cpp | kernels | int8 cache | llama.cpp |")
@@ -136,7 +143,7 @@ def run_kernels(texts: list[list[int]], peer: str) -> None:
         source = Path(name) / "source.gguf"
         write(folder_of("embedded"), source, "f16")
         before = logits(source, texts)
-        for form in ("bf16", "f16", *FORMS):
+        for form in forms:
             print(both(form, before, source, Path(name), texts, peer), flush=True)
 
 
