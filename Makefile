@@ -73,7 +73,7 @@ test-levels: $(VENV)/.dev  ## the tests that run kernels, with each lower instru
 test-amx: $(VENV)/.dev  ## kernel tests on emulated AMX, for which everything is compiled once more
 	PYTHON=$(BIN)/python ARGS="$(ARGS)" scripts/amx.sh
 
-sanitize: $(VENV)/.dev  ## kernel tests with the address, undefined and thread sanitizers of GCC; compiles twice
+sanitize: $(VENV)/.dev  ## default kernel tests with the address, undefined and thread sanitizers of GCC; compiles twice
 	PYTHON=$(BIN)/python ARGS="$(ARGS)" scripts/sanitize.sh
 
 lint: $(VENV)/.dev  ## style, format, types, spelling

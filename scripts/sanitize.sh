@@ -45,7 +45,7 @@ print(*native.kernel_levels())')
 "$root/address/objects/stress" $levels
 # Capturing in Python alone: what a sanitizer says goes to the terminal.
 LD_PRELOAD="$asan $(library libstdc++.so)" PYTHONPATH="$root/address/site" "$python" -m pytest -q --capture=sys \
-  -p no:cacheprovider --timeout=300 -m "not peers" \
+  -p no:cacheprovider --timeout=300 -m "not peers and not slow" \
   tests/compiled tests/quant/test_panels.py tests/quant/test_native.py ${ARGS:-}
 
 library libtsan.so >/dev/null
