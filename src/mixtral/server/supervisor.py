@@ -19,7 +19,7 @@ import msgspec
 from mixtral.errors import ConfigError, EngineError, MixtralError
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import State
-from mixtral.wire import Channel, ChannelError, Failed, Frames, FromEngine, Heartbeat, Hello, Start, Update
+from mixtral.wire import Channel, ChannelError, Failed, Frames, FromEngine, Heartbeat, Hello, Scheduled, Start, Update
 
 __all__ = ["EngineProcess", "Link", "Owner", "Spawn", "Supervisor", "Worker", "process"]
 
@@ -59,6 +59,10 @@ class Owner(Protocol):
 
     def on_beat(self, beat: Heartbeat) -> None:
         """What the engine counts, about once a second."""
+        ...
+
+    def on_scheduled(self, scheduled: Scheduled) -> None:
+        """What the next step works on."""
         ...
 
     def on_update(self, update: Update) -> None:
@@ -274,6 +278,8 @@ class Supervisor:
         elif isinstance(message, Heartbeat):
             self.beat = message
             self._owner.on_beat(message)
+        elif isinstance(message, Scheduled):
+            self._owner.on_scheduled(message)
         elif isinstance(message, Failed) and not message.request:
             self._refusal = ConfigError(message.message, param=message.param, code=message.code)
         else:

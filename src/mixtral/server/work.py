@@ -196,8 +196,13 @@ async def _pieces(run: AdmittedRun, work: Work) -> AsyncGenerator[list[tuple[int
             work.scores[update.prompt] = update.tokens
         elif isinstance(update, Tokens):
             work.charge(len(update.events))
-            yield _read(update, work)
-            if all(answer.finished for answer in work.answers):
+            pieces = _read(update, work)
+            over = all(answer.finished for answer in work.answers)
+            if not over:
+                _stop(run, update, pieces)
+            if pieces:
+                yield pieces
+            if over:
                 return
         elif isinstance(update, Done):
             if work.submit.params.max_tokens:
@@ -214,10 +219,20 @@ def _read(update: Tokens, work: Work) -> list[tuple[int, Piece]]:
     found: dict[int, list[Piece]] = {}
     for event in update.events:
         answer = work.answers[event.sequence]
-        if event.routing is not None and not answer.finished:
+        if answer.finished:
+            continue  # it found its stop string before
+        if event.routing is not None:
             work.routing.add(event.sequence, event.routing)
         found.setdefault(event.sequence, []).append(answer.push(event))
     return [(index, joined(pieces)) for index, pieces in found.items()]
+
+
+def _stop(run: AdmittedRun, update: Tokens, pieces: Sequence[tuple[int, Piece]]) -> None:
+    """Let the engine end what is finished here, by a stop string, and not there."""
+    ended = {event.sequence for event in update.events if event.finish_reason is not None}
+    for index, piece in pieces:
+        if piece.finish_reason is not None and index not in ended:
+            run.abort(index)
 
 
 def _encode(engine: Engine, prompt: str | list[int]) -> list[int]:
