@@ -14,34 +14,31 @@ from mixtral.limits import BODY
 from mixtral.server.config import ServerConfig
 from mixtral.server.errors import ApiError, ClientGone, show
 
-__all__ = ["INLINE_BYTES", "parse_json", "read_json"]
+__all__ = ["INLINE_BYTES", "parse_json", "read_body"]
 
-INLINE_BYTES = 64 * 1024  # larger bodies are parsed and encoded outside the event loop
+INLINE_BYTES = 64 * 1024  # larger bodies are parsed and encoded in another process
 _DEPTH, _VALUES, _DIGITS = (BODY[bound] for bound in ("levels", "values", "characters of a number"))
 _MEDIA_TYPE = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?[ \t]*', re.IGNORECASE)
 # Possessive, and the closing quote is optional: each byte is looked at once, whatever the input.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]|[-+0-9.eE]++', re.DOTALL)
 
 
-async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
-    """The JSON object in a request's body.
+async def read_body(request: Request, config: ServerConfig) -> bytes:
+    """A request's body, which says that it is JSON.
 
     Raises:
-        ApiError: 408, 413, 415, or 400 for what is not one strict JSON object in UTF-8.
+        ApiError: 408, 413 or 415.
         ClientGone: the client left before its body was complete.
     """
     _check_media_type(request)
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            body = await _read(request, config.body_limit_bytes)
+            return await _read(request, config.body_limit_bytes)
     except TimeoutError:
         message = f"the body did not arrive within {config.body_timeout_s:g} s"
         raise ApiError(408, "request_read_timeout", message, headers={"connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
-    if len(body) > INLINE_BYTES:
-        return await asyncio.to_thread(parse_json, body)
-    return parse_json(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
