@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from mixtral.grammar import Source
 from mixtral.server.admission import Admission
-from mixtral.server.body import INLINE_BYTES, read_body
+from mixtral.server.body import INLINE_BYTES, Room, read_body
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine
 from mixtral.server.formats import Grammar
@@ -30,6 +30,7 @@ from mixtral.server.work import Prepared, begin, collect, stream
 __all__ = ["UNSUPPORTED", "Routes"]
 
 _log = logging.getLogger("mixtral.server")
+_BODIES = 16  # of the largest size, that may be in memory at once
 _PART_BYTES = 256 * 1024  # of an answer, that are sent at once
 # OpenAI routes that are not here, and why.
 UNSUPPORTED: Mapping[str, str] = {
@@ -56,6 +57,7 @@ class Routes:
         self._grammar = grammar
         self._created = int(time.time())
         # Reading a request may take long; the event loop never waits for it.
+        self._room = Room(_BODIES * config.body_limit_bytes)
         self._texts = Texts(config, grammar=grammar is not None)
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="mixtral-text")
         self._trials = ThreadPoolExecutor(max_workers=16, thread_name_prefix="mixtral-trial")
@@ -120,9 +122,11 @@ class Routes:
             self._engine.metrics.grammar(time.monotonic() - began, grammar.cache_bytes)
 
     async def _answer(self, request: Request, route: str) -> Response:
-        body = await read_body(request, self._config)
         holder = holder_of(request.scope)
-        found = await self._read(route, body, "" if holder is None else holder.name)
+        with self._room.share() as take:
+            body = await read_body(request, self._config, take)
+            found = await self._read(route, body, "" if holder is None else holder.name)
+            del body
         if isinstance(found, bytes):
             return _Whole(found, media_type="application/json")
         for source in found.sources:

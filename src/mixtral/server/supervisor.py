@@ -21,13 +21,13 @@ from mixtral.server.config import ServerConfig
 from mixtral.server.engine import State
 from mixtral.wire import Channel, ChannelError, Failed, Frames, FromEngine, Heartbeat, Hello, Scheduled, Start, Update
 
-__all__ = ["EngineProcess", "Link", "Owner", "Spawn", "Supervisor", "Worker", "process"]
+__all__ = ["EXHAUSTED", "EngineProcess", "Link", "Owner", "Spawn", "Supervisor", "Worker", "process"]
 
 _log = logging.getLogger("mixtral.server")
 _TICK_S = 0.25
 _PAUSES_S = (0.1, 1.0, 3.0)  # before a restart, by recent deaths
 _EXHAUSTED_S = 1.0  # before another try, when the system had no room for a process
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})  # no files or memory left
 _GRACE_S = 1.0  # for an engine that noticed the end of its channel, to write its last lines
 _END_S = 5.0
 
@@ -235,7 +235,7 @@ class Supervisor:
         try:
             self._worker = self._spawn()
         except (OSError, MixtralError) as error:
-            self._exhausted = isinstance(error, OSError) and error.errno in _EXHAUSTED
+            self._exhausted = isinstance(error, OSError) and error.errno in EXHAUSTED
             return f"it cannot be started ({error})"
         link = Link(self._take)
         try:

@@ -15,6 +15,7 @@ import msgspec
 
 from mixtral.server.config import ServerConfig
 from mixtral.server.errors import ApiError, overloaded
+from mixtral.server.supervisor import EXHAUSTED
 from mixtral.server.work import Facts, Prepared
 from mixtral.wire import ChannelError, Frames, frames_of
 
@@ -150,6 +151,9 @@ class Texts:
             found, data = await asyncio.wait_for(asked, self._config.text_timeout_s)
         except (OSError, ChannelError) as error:  # a TimeoutError is one
             process.end()
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                message = "the server has no room for a process that reads long requests; try again later"
+                raise overloaded("server_overloaded", message, retry_after_s=2) from error
             why = "it took too long" if isinstance(error, TimeoutError) else str(error)
             _log.error("the process that reads long requests is replaced: %s", why)
             message = "the server lost this request while it read it; other requests are not affected"
