@@ -249,6 +249,56 @@ def test_one_sequence_of_a_request_can_be_aborted() -> None:
     assert not engine.is_open("b")
 
 
+@pytest.mark.parametrize("when", range(1, 6))
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_paused_request_holds_nothing_and_goes_on_with_the_same(when: int, prefix_cache: bool) -> None:
+    engine = engine_of(pages=8, max_num_batched_tokens=64, max_num_seqs=3, prefix_cache=prefix_cache)
+    slow, other = submit("slow", text(150), n=2), submit("other", text(90, 1))
+    for one in (slow, other):
+        engine.submit(one)
+    updates = [update for _ in range(when) for update in engine.step()]
+    engine.pause("slow", on=True)
+    engine.pause("slow", on=True)
+    engine.pause("unknown", on=True)
+    steps = 0
+    while engine.has_work:
+        updates += engine.step()
+        engine.scheduler.check_integrity()
+        steps += 1
+    assert steps < 50
+    assert ids_of(updates, "other") == expected(other)
+    assert (engine.stats().pages_used, engine.stats().running, engine.is_open("slow")) == (0, 0, True)
+    assert engine.step() == []
+    engine.pause("slow", on=False)
+    updates += finish(engine)
+    for sequence in range(2):
+        assert ids_of(updates, "slow", sequence) == expected(slow, sequence)
+    assert engine.stats().preemptions == 0
+
+
+def test_a_paused_request_can_be_aborted() -> None:
+    engine = engine_of()
+    engine.submit(submit("a", text(10)))
+    engine.step()
+    engine.pause("a", on=True)
+    engine.abort("a")
+    assert not engine.has_work
+    one = submit("a", text(10))
+    engine.submit(one)
+    assert ids_of(finish(engine), "a") == expected(one)
+
+
+def test_a_step_says_first_what_it_works_on() -> None:
+    engine = engine_of(max_num_seqs=2)
+    for name in "abc":
+        engine.submit(submit(name, text(5)))
+    told: list[set[str]] = []
+    engine.step(told.append)
+    engine.pause("a", on=True)
+    engine.step(told.append)
+    assert told == [{"a", "b"}, {"b", "c"}]
+
+
 def test_damaged_logits_end_one_request_only() -> None:
     engine = engine_of(HashModel(poison=True), speculation=False)
     good = submit("good", text(100))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from mixtral.compiled import compile_model
 from mixtral.config import MixtralConfig
@@ -38,8 +39,6 @@ class EagerCosts:
 
 @pytest.fixture(scope="module", params=KINDS)
 def model(request: pytest.FixtureRequest, tiny_config: MixtralConfig) -> Mixtral:
-    import torch
-
     found = Mixtral(tiny_config, dtype=getattr(torch, request.param))
     initialise(found, seed=1, std=0.25)
     return compile_model(found)
@@ -71,6 +70,14 @@ def evict(engine: Engine, step: int) -> None:
     engine.pages.forget()
 
 
+def poison(engine: Engine, step: int) -> None:
+    """Whatever is in a page that belongs to nobody is no number."""
+    cache, free = engine._runner._cache, sorted({*engine.pages._free, *engine.pages._idle})
+    assert cache is not None
+    if free:
+        cache.blocks[:, free] = 0xFF  # type: ignore[attr-defined] # NaN in both dtypes
+
+
 WAYS = {
     "in the default way": Way(),
     "in pieces of 5": Way({"max_num_batched_tokens": 5, "max_num_seqs": 5}),
@@ -84,6 +91,8 @@ WAYS = {
     "preempted, the pages kept": Way({"max_num_batched_tokens": 64}, beside=2, between=preempt),
     "preempted, the pages lost": Way({"max_num_batched_tokens": 512, "prefix_cache": False}, beside=2, between=preempt),
     "on a cache that is too small for all": Way({"pages": 5, "max_num_batched_tokens": 64}, beside=4),
+    "on pages that were full of NaN": Way({"prefix_cache": False}, beside=4, before=1, between=poison),
+    "on few pages that were full of NaN": Way({"prefix_cache": False, "pages": 5}, beside=4, between=poison),
     "with two more answers": Way(n=3),
     "with three more answers, without a prefix cache": Way({"prefix_cache": False, "max_num_batched_tokens": 64}, n=4),
     "with its routing": Way(beside=1, extra={"routing": True, "routing_prompt": True}),

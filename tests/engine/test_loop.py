@@ -24,7 +24,9 @@ from mixtral.wire import (
     FromEngine,
     Heartbeat,
     Hello,
+    Pause,
     SamplingParams,
+    Scheduled,
     Started,
     Submit,
     TokenEvent,
@@ -41,6 +43,7 @@ class Harness:
         self.thread = EngineThread(lambda: (engine, HELLO), beat_s=beat_s)
         self.channel: Channel[Any] = Channel(self.thread.sock, FromEngine)
         self.beats: list[Heartbeat] = []
+        self.scheduled: list[Scheduled] = []
         self.seen: list[Any] = []
 
     def submit(self, request: str, *prompts: list[int], **fields: Any) -> None:
@@ -54,7 +57,8 @@ class Harness:
             if time.monotonic() > end:
                 raise TimeoutError(f"it did not come: {self.seen}")
             for message in self.channel.receive(wait=True):
-                (self.beats if isinstance(message, Heartbeat) else self.seen).append(message)
+                places = {Heartbeat: self.beats, Scheduled: self.scheduled}
+                places.get(type(message), self.seen).append(message)
 
     def ended(self, *requests: str) -> Callable[[], bool]:
         return lambda: set(requests) <= {m.request for m in self.seen if isinstance(m, Done | Failed)}
@@ -116,6 +120,34 @@ def test_nothing_comes_after_an_abort(start: Callable[..., Harness]) -> None:
     assert harness.engine.requests == {}
     at = max(place for place, m in enumerate(harness.seen) if isinstance(m, Tokens) and m.request == "a")
     assert sum(isinstance(m, Tokens) and m.request == "b" for m in harness.seen[at:]) > 30
+
+
+def test_what_a_step_works_on_is_told_before_it(start: Callable[..., Harness]) -> None:
+    harness = start(slots=2, delay_s=0.005)
+    for name in "abc":
+        harness.submit(name, [ord(name)], max_tokens=30 if name == "a" else 10)
+    harness.until(harness.ended(*"abc"))
+    told = [each.requests for each in harness.scheduled]
+    assert told[-3:] == [["a", "b"], ["a", "c"], ["a"]] or told[-2:] == [["a", "b"], ["a", "c"]]
+    assert len(told) <= 4  # not in every step
+    assert harness.ids("a") == answer([ord("a")], 30)
+
+
+def test_a_paused_request_waits_and_then_goes_on(start: Callable[..., Harness]) -> None:
+    harness = start(delay_s=0.002)
+    harness.submit("a", [1], max_tokens=200)
+    harness.submit("b", [2], max_tokens=50)
+    harness.until(lambda: len(harness.ids("a")) > 3)
+    harness.channel.send([Pause(request="a", on=True), Pause(request="unknown", on=True)])
+    harness.until(harness.ended("b"))
+    made = len(harness.ids("a"))
+    assert made < 45
+    before = harness.engine.counts["steps"]
+    time.sleep(0.05)
+    assert harness.engine.counts["steps"] - before <= 1  # an engine whose requests are all paused rests
+    harness.channel.send([Pause(request="a", on=False)])
+    harness.until(harness.ended("a"))
+    assert harness.ids("a") == answer([1], 200)
 
 
 def test_a_refused_request_fails_alone(start: Callable[..., Harness]) -> None:
@@ -252,7 +284,7 @@ def test_a_heartbeat_waits_for_no_step() -> None:
     engine = StepEngine()
     hold = threading.Event()
     step = engine.step
-    engine.step = lambda: step() if hold.wait(10) else []  # type: ignore[method-assign]
+    engine.step = lambda begin=None: step() if hold.wait(10) else []  # type: ignore[method-assign]
     thread = EngineThread(lambda: (engine, HELLO), beat_s=0.02)
     channel: Channel[Any] = Channel(thread.sock, FromEngine)
     channel.send([Submit(request="a", prompts=[[1]], params=SamplingParams())])

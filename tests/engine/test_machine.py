@@ -20,9 +20,10 @@ class CheckedScheduler(Scheduler):
     """Checks each plan."""
 
     def plan(self) -> Plan:
-        work = bool(self.waiting or self.running)
+        work = any(not one.request.paused for one in self.waiting + self.running)
         plan = super().plan()
         assert bool(plan.pieces) == work
+        assert not any(piece.sequence.request.paused for piece in plan.pieces)
         assert sum(piece.count for piece in plan.pieces) <= self.config.max_num_batched_tokens
         assert all(piece.count > 0 for piece in plan.pieces)
         numbers = [piece.sequence.number for piece in plan.pieces]
@@ -105,6 +106,15 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.abort(name, sequence)
             self.gone[name].add(sequence)
 
+    @rule(data=st.data(), on=st.booleans())
+    def pause(self, data: st.DataObject, on: bool) -> None:
+        if self.open:
+            name = data.draw(st.sampled_from(sorted(self.open)))
+            self.engine.pause(name, on=on)
+            if on:
+                waiting = [one for one in self.engine.scheduler.waiting if one.request.submit.request == name]
+                assert not any(self.engine.pages.pages(one.number) for one in waiting)
+
     def take(self, updates: list[Update]) -> None:
         EngineMachine.steps += 1
         for update in updates:
@@ -137,6 +147,8 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         engine = self.engine
+        for name in self.open:
+            engine.pause(name, on=False)
         tokens = sum(
             one.n * sum(len(prompt) + one.params.max_tokens for prompt in one.prompts) for one in self.open.values()
         )
@@ -233,6 +245,13 @@ class SiblingsDoNotWait(CheckedScheduler):
         return super()._shared(sequence, leader)
 
 
+class PausedKeepsItsPages(CheckedScheduler):
+    """A request that is paused is worked on all the same."""
+
+    def pause(self, request: Any, *, on: bool) -> None:
+        request.paused = on
+
+
 class TooManyTokens(CheckedScheduler):
     """The budget is not kept."""
 
@@ -248,6 +267,7 @@ class TooManyTokens(CheckedScheduler):
         RejectedDraftsStay,
         pytest.param(OldestIsPreempted, marks=[pytest.mark.slow, pytest.mark.long]),
         SiblingsDoNotWait,
+        pytest.param(PausedKeepsItsPages, marks=[pytest.mark.slow, pytest.mark.long]),
         TooManyTokens,
     ],
 )

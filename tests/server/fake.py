@@ -8,12 +8,12 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from threaded import ThreadEngine
 
 from mixtral.errors import RequestError
+from mixtral.grammar import Source
 from mixtral.server import Server, ServerConfig
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import (
@@ -139,11 +139,6 @@ class FakeEngine:
         return tuple(Candidate((id + n) % self.vocab_size, -0.5 - n) for n in range(count))
 
 
-@dataclass(frozen=True)
-class FakeSource:
-    text: str
-
-
 class FakeGrammar:
     """Grammars that are only written down; ``error`` is raised instead, by the method called ``fails``."""
 
@@ -153,21 +148,21 @@ class FakeGrammar:
         self.tried: list[str] = []
         self.trial_s = 0.0
 
-    def text_constraint(self, response_format: Mapping[str, Any]) -> FakeSource:
+    def text_constraint(self, response_format: Mapping[str, Any]) -> Source:
         self._fail("text_constraint")
-        return FakeSource(json.dumps(response_format))
+        return Source(json.dumps(response_format), "schema", "response_format")
 
-    def calls_constraint(self, tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> FakeSource:
+    def calls_constraint(self, tools: Sequence[Mapping[str, Any]], *, name: str | None, parallel: bool) -> Source:
         self._fail("calls_constraint")
         names = [tool["function"]["name"] for tool in tools]
-        return FakeSource(json.dumps({"names": names, "name": name, "parallel": parallel}))
+        return Source(json.dumps({"names": names, "name": name, "parallel": parallel}), "schema", "tools")
 
     cache_bytes = 0
 
     def close(self) -> None:
         """Nothing to give back."""
 
-    def check(self, source: FakeSource) -> None:
+    def check(self, source: Source) -> None:
         self.tried.append(source.text)
         time.sleep(self.trial_s)
         self._fail("check")

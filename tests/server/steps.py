@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mixtral import faults
@@ -46,6 +46,8 @@ class Running:
     submit: Submit
     made: int = 0
     started: bool = False
+    paused: bool = False
+    dropped: set[int] = field(default_factory=set)  # sequences that were aborted
     params_top: tuple[Candidate, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class StepEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests)
+        return not all(running.paused for running in self.requests.values())
 
     def submit(self, submit: Submit) -> None:
         need = max(map(len, submit.prompts)) + submit.params.max_tokens
@@ -72,13 +74,23 @@ class StepEngine:
         self.requests[submit.request] = Running(submit)
 
     def abort(self, request: str, sequence: int | None = None) -> None:
-        self.requests.pop(request, None)
+        if sequence is None:
+            self.requests.pop(request, None)
+        elif request in self.requests:
+            self.requests[request].dropped.add(sequence)
 
-    def step(self) -> list[Update]:
+    def pause(self, request: str, *, on: bool) -> None:
+        if request in self.requests:
+            self.requests[request].paused = on
+
+    def step(self, begin: Callable[[set[str]], None] | None = None) -> list[Update]:
+        chosen = [running for running in self.requests.values() if not running.paused][: self.slots]
+        if begin is not None:
+            begin({running.submit.request for running in chosen})
         time.sleep(self.delay_s)
         self.counts["steps"] += 1
         updates: list[Update] = []
-        for running in list(self.requests.values())[: self.slots]:
+        for running in chosen:
             updates += self._advance(running)
         return updates
 
@@ -104,6 +116,7 @@ class StepEngine:
             )
             for index, prompt in enumerate(submit.prompts)
             for choice in range(submit.n)
+            if index * submit.n + choice not in running.dropped
         ]
         self.counts["output"] += len(events)
         updates.append(Tokens(request=submit.request, events=events))

@@ -171,7 +171,7 @@ def test_the_request_head_is_bounded(send: Send) -> None:
 # What the engine raises, and what the client may know of it.
 ENGINE_ERRORS: list[tuple[Exception, int, str, str | None]] = [
     (RuntimeError("secret /root/weights at 0x7f"), 500, "internal_error", None),
-    (MemoryError(), 500, "internal_error", None),
+    (MemoryError(), 503, "server_overloaded", None),
     (ConfigError("secret"), 500, "internal_error", None),
     (NumericalError("the logit of token 5 is nan (secret)"), 500, "numerical_error", None),
     (CapacityError("41 pages are needed, 40 exist", param="max_tokens"), 400, "context_length_exceeded", "max_tokens"),

@@ -16,14 +16,17 @@ from mixtral.server import Client, ServerConfig
 from mixtral.server.client import ClientRun, Quarantine
 from mixtral.server.errors import ApiError
 from mixtral.wire import (
+    Abort,
     Constraint,
     Done,
     Failed,
+    Pause,
     PromptScores,
     PromptToken,
     SamplingParams,
     Started,
     Submit,
+    ToEngine,
     TokenEvent,
     Tokens,
     Update,
@@ -41,13 +44,13 @@ def tokens(*ids: int) -> Tokens:
 # --- buffers ----------------------------------------------------------------------------------------------------------
 
 
-def buffered(updates: list[Update], config: ServerConfig | None = None) -> tuple[ClientRun, list[ClientRun]]:
-    """A run that got these updates before anybody read, and those that were dropped."""
-    dropped: list[ClientRun] = []
-    run = ClientRun(submission([1]), config or ServerConfig(), drop=dropped.append)
+def buffered(updates: list[Update], config: ServerConfig | None = None) -> tuple[ClientRun, list[ToEngine]]:
+    """A run that got these updates before anybody read, and what it told the engine."""
+    told: list[ToEngine] = []
+    run = ClientRun(submission([1]), config or ServerConfig(), send=told.append)
     for update in updates:
         run.put(update)
-    return run, dropped
+    return run, told
 
 
 async def drained(run: ClientRun) -> list[Update | None]:
@@ -107,41 +110,44 @@ def test_a_pause_is_none_and_loses_nothing() -> None:
     assert asyncio.run(act()) == [None, tokens(1), tokens(2), Done(request="a")]
 
 
-def test_a_reader_far_behind_is_dropped_at_once_and_frees_the_memory() -> None:
+def test_a_reader_far_behind_pauses_its_request_until_it_has_caught_up() -> None:
+    config = ServerConfig(buffer_bytes=4096)
+    pause, go_on = Pause(request="a", on=True), Pause(request="a", on=False)
+
     async def act() -> None:
-        run, dropped = buffered([tokens(*range(100))] * 50, ServerConfig(buffer_bytes=1024))
-        assert dropped[0] is run
-        assert run._bytes < 16 * 1024 + 100 * 200
-        assert run._waiting.__len__() <= 1
+        run, told = buffered([tokens(*range(20))], config)
+        assert told == []
+        run.put(tokens(*range(20)))  # 40 events of 128 bytes
+        assert told == [pause]
+        run.put(tokens(1, 2))  # was on its way
+        assert told == [pause]
+        assert len(run._waiting) == 1
+        assert await anext(run) == tokens(*range(20), *range(20), 1, 2)
+        assert told == [pause, go_on]
+        assert run._bytes == 0
+        for _ in range(2):
+            run.put(tokens(*range(40)))
+        run.put(Done(request="a"))
+        assert told == [pause, go_on, pause]
+        assert len(await drained(run)) == 2
+        assert told == [pause, go_on, pause]  # it is done: there is nothing to go on with
 
     asyncio.run(act())
 
 
-def test_a_reader_somewhat_behind_has_time_to_catch_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("mixtral.server.client.time.monotonic", lambda: now[0])
-    config = ServerConfig(buffer_bytes=1024, stall_timeout_s=5)
+def test_one_sequence_is_aborted_as_long_as_there_is_something_to_abort() -> None:
+    async def act() -> list[ToEngine]:
+        run, told = buffered([tokens(1)])
+        run.abort(3)
+        run.put(Done(request="a"))
+        run.abort(2)
+        return told
 
-    async def act() -> tuple[int, int]:
-        slow, dropped = buffered([tokens(*range(20))], config)
-        now[0] = 4.0
-        slow.put(tokens(1))
-        assert dropped == []
-        await anext(slow)
-        now[0] = 6.0
-        slow.put(tokens(*range(20)))  # the time begins anew
-        now[0] = 10.0
-        slow.put(tokens(1))
-        caught_up = len(dropped)
-        now[0] = 12.0
-        slow.put(tokens(1))
-        return caught_up, len(dropped)
-
-    assert asyncio.run(act()) == (0, 1)
+    assert asyncio.run(act()) == [Abort(request="a", sequence=3)]
 
 
 def test_scores_of_a_long_prompt_are_no_stall() -> None:
-    async def act() -> list[ClientRun]:
+    async def act() -> list[ToEngine]:
         scores = PromptScores(request="a", prompt=0, tokens=[PromptToken(id=1)] * 30_000)
         return buffered([scores, tokens(1)], ServerConfig(buffer_bytes=1024))[1]
 
@@ -267,7 +273,7 @@ def test_an_engine_that_became_another_model_is_not_used() -> None:
 
     def failing() -> Any:
         engine = StepEngine()
-        engine.step = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+        engine.step = lambda begin=None: 1 / 0  # type: ignore[assignment, method-assign, return-value]
         return engine, HELLO
 
     async def act(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -124,9 +125,46 @@ def test_readers_that_read_nothing_cost_little_and_delay_nobody(pool: ThreadPool
         assert events(good[0].result())[-1] == "[DONE]"
         for n in (1, 2):
             assert good[n].result().json()["choices"][0]["text"] == expected([n, 5], 100)
-        until(lambda: idle(client), timeout_s=15)
+        until(lambda: idle(client), timeout_s=60)
         assert rss_bytes() - before < 100 * 2**20
-        assert sample(address, "mixtral_aborted_total") == 6
+        assert sample(address, 'mixtral_aborted_total{reason="slow_reader"}') == 6
+
+
+@pytest.mark.slow
+def test_a_reader_that_is_behind_pauses_its_own_request_and_gets_every_byte() -> None:
+    config = ServerConfig(port=0, drain_s=1.0, buffer_bytes=16 * 1024)
+    fields = {"max_tokens": 1500, "stream": True, "logprobs": 5}
+    with serving(spawn(0.0005, slots=16), config) as (address, client, _):
+        with raw(address, [[n, 3] for n in range(24)], buffer=4096, **fields) as slow:
+            until(lambda: bool(client._runs))
+            (run,) = client._runs.values()
+            made = -1
+            while made != _output(client) or not run.paused:  # until the buffers of the system are full, too
+                made = _output(client)
+                time.sleep(0.5)
+            held = run._bytes
+            assert held < 16 * 1024 + 3 * 24 * (128 + 5 * 96)  # the buffer, and what was on its way
+            assert complete(address, [1], 100).json()["choices"][0]["text"] == expected([1], 100)
+            until(lambda: _output(client) == made + 100)  # nothing was made for the other one
+            assert run.paused
+            response = http.client.HTTPResponse(slow)
+            response.begin()
+            data = response.read()
+            response.close()
+        assert data.endswith(b"data: [DONE]\n\n")
+        texts = dict.fromkeys(range(24), "")
+        for line in data.split(b"\n"):
+            if line.startswith(b"data: {"):
+                choice = json.loads(line.removeprefix(b"data: "))["choices"][0]
+                texts[choice["index"]] += choice["text"]
+        assert texts == {n: expected([n, 3], 1500) for n in range(24)}
+        until(lambda: idle(client))
+        assert sample(address, "mixtral_aborted_total") == 0
+
+
+def _output(client: Client) -> int:
+    beat = client.supervisor.beat
+    return -1 if beat is None else beat.stats.output_tokens
 
 
 @pytest.mark.long
@@ -158,12 +196,12 @@ def test_far_too_much_is_refused_at_the_door_and_the_rest_is_answered(pool: Thre
 def test_who_waits_too_long_is_told_and_forgotten(pool: ThreadPoolExecutor, stream: bool) -> None:
     config = ServerConfig(port=0, drain_s=1.0, queue_timeout_s=0.2)
     with serving(spawn(0.01, slots=1), config) as (address, client, _):
-        first = pool.submit(complete, address, [1], 60)
+        first = pool.submit(complete, address, [1], 200)
         until(lambda: len(client._runs) == 1)
         response = complete(address, [2], 20, stream=stream)
         check_error(response, 503, "queue_timeout", None)
         assert response.headers["retry-after"]
-        assert first.result().json()["choices"][0]["text"] == expected([1], 60)
+        assert first.result().json()["choices"][0]["text"] == expected([1], 200)
         until(lambda: idle(client))
         assert sample(address, 'mixtral_aborted_total{reason="queue_timeout"}') == 1
 

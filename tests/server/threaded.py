@@ -50,6 +50,7 @@ class ThreadRun:
     """
 
     def __init__(self, config: ServerConfig) -> None:
+        self.aborted: list[int] = []
         self._config = config
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Update | Exception] = asyncio.Queue()
@@ -71,6 +72,10 @@ class ThreadRun:
         if isinstance(item, Failed):
             raise ApiError(500, item.code, item.message, param=item.param)
         return item
+
+    def abort(self, sequence: int) -> None:
+        """The source goes on with all; what comes for this one means nothing."""
+        self.aborted.append(sequence)
 
     def cancel(self) -> None:
         """The iterator of updates is closed after the one it is working on."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,8 +69,8 @@ class _Rows:
 class Engine:
     """Runs any number of requests on one model. What a request gets depends on nothing but the request and the model.
 
-    ``submit`` and ``abort`` only note; all work is done in ``step``. An exception that leaves ``step`` (not one that
-    belongs to a request) ends all requests; the engine is usable afterwards.
+    ``submit``, ``abort`` and ``pause`` only note; all work is done in ``step``. An exception that leaves ``step`` (not
+    one that belongs to a request) ends all requests; the engine is usable afterwards.
     """
 
     def __init__(self, model: Mixtral, config: EngineConfig | None = None, grammar: Grammar | None = None) -> None:
@@ -83,6 +84,7 @@ class Engine:
         self._runner = Runner(model, self.pages)
         self._costs = Costs(model.config.num_local_experts, model.config.num_experts_per_tok)
         self._open: dict[str, _Open] = {}
+        self._paused: set[str] = set()
         self._early: list[Update] = []  # updates that wait for the next step
         self._next_number = 0
         self._steps, self._seconds = 0, 0.0
@@ -92,7 +94,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether ``step`` would do or tell anything."""
-        return bool(self._open or self._early)
+        return bool(self._early) or len(self._open) > len(self._paused)
 
     def is_open(self, request: str) -> bool:
         """Whether there will be more updates of a request."""
@@ -164,14 +166,22 @@ class Engine:
             return
         sequences = found.request.sequences
         if sequence is None:
-            del self._open[request]
+            self._close(request)
         elif not 0 <= sequence < len(sequences):
             return
         for one in sequences if sequence is None else [sequences[sequence]]:
             self.scheduler.finish(one, None)
         if sequence is not None and found.request.finished:
-            del self._open[request]
+            self._close(request)
             self._early.append(Done(request=request))
+
+    def pause(self, request: str, *, on: bool) -> None:
+        """Stop working on a request and free its pages, or go on with it; it gets the same in the end."""
+        found = self._open.get(request)
+        if found is None:
+            return
+        self.scheduler.pause(found.request, on=on)
+        (self._paused.add if on else self._paused.discard)(request)
 
     def abort_all(self) -> None:
         """Forget all requests."""
@@ -179,14 +189,19 @@ class Engine:
             self.abort(request)
         self._early.clear()
 
-    def step(self) -> list[Update]:
-        """Compute one step, and tell what came of it: for each request what is new, in an order that makes sense."""
+    def step(self, begin: Callable[[set[str]], None] | None = None) -> list[Update]:
+        """Compute one step, and tell what came of it: for each request what is new, in an order that makes sense.
+
+        ``begin`` is told which requests the step works on, before it does.
+        """
         updates, self._early = self._early, []
-        if not self._open:
+        if len(self._open) == len(self._paused):
             return updates
         begun = time.perf_counter()
         try:
             plan = self.scheduler.plan()
+            if begin is not None:
+                begin({piece.sequence.request.submit.request for piece in plan.pieces})
             rows = self._speculate(plan)
             result = self._runner.run(plan.pieces)
             for request, cached in plan.started:
@@ -370,15 +385,19 @@ class Engine:
             updates.append(Tokens(request=name, events=found.events))
             found.events = []
         if request.finished:
-            del self._open[name]
+            self._close(name)
             updates.append(Done(request=name))
 
     def _fail(self, found: _Open, error: MixtralError, updates: list[Update]) -> None:
         name = found.request.submit.request
-        del self._open[name]
+        self._close(name)
         for sequence in found.request.sequences:
             self.scheduler.finish(sequence, None, damaged=isinstance(error, NumericalError))
         updates.append(_failure(name, error))
+
+    def _close(self, name: str) -> None:
+        del self._open[name]
+        self._paused.discard(name)
 
     def _count(self, result: StepResult) -> None:
         """Add the experts that the tokens of a step went to."""

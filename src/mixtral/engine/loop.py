@@ -19,6 +19,8 @@ from mixtral.wire import (
     Failed,
     Heartbeat,
     Hello,
+    Pause,
+    Scheduled,
     Stats,
     Submit,
     ToEngine,
@@ -49,8 +51,13 @@ class Engine(Protocol):
         """Forget a request, or one sequence of it; what is unknown or finished is left alone."""
         ...
 
-    def step(self) -> list[Update]:
-        """Work on some requests, and say what came of it. What it raises ends the engine."""
+    def pause(self, request: str, *, on: bool) -> None:
+        """Stop working on a request, or go on with it; what is unknown or finished is left alone."""
+        ...
+
+    def step(self, begin: Callable[[set[str]], None] | None = None) -> list[Update]:
+        """Work on some requests, of which ``begin`` is told before, and say what came of it. What it raises ends the
+        engine."""
         ...
 
     def stats(self) -> Stats:
@@ -87,7 +94,8 @@ class Loop:
         self._channel = channel
         self._beat_s = beat_s
         self._open: set[str] = set()
-        self._new: list[list[int]] = []  # prompts that came since the last step; for failpoints
+        self._scheduled: set[str] = set()  # what was told last
+        self._new: dict[str, list[list[int]]] = {}  # prompts that no step worked on yet; for failpoints
         self._lock = threading.Lock()  # guards what the heartbeat reads:
         self._step = 0
         self._began: float | None = None  # the present step
@@ -123,7 +131,11 @@ class Loop:
         if isinstance(message, Abort):
             if message.sequence is None:
                 self._open.discard(message.request)
+                self._new.pop(message.request, None)
             self._engine.abort(message.request, message.sequence)
+            return
+        if isinstance(message, Pause):
+            self._engine.pause(message.request, on=message.on)
             return
         if not isinstance(message, Submit) or message.request in self._open:
             raise RuntimeError(f"unexpected message {type(message).__name__} to a running engine")
@@ -133,16 +145,16 @@ class Loop:
         except MixtralError as error:
             self._send([Failed(request=message.request, code=error.code, message=str(error), param=error.param)])
             return
-        self._new.extend(message.prompts)
+        if faults.installed():
+            self._new[message.request] = message.prompts
 
     def _do_step(self) -> list[Update]:
         began = time.monotonic()
         with self._lock:
             self._step += 1
             self._began = began
-        new, self._new = self._new, []
-        faults.act(self._step, new)
-        updates = self._engine.step()
+        faults.act(self._step)
+        updates = self._engine.step(self._begin)
         now = time.monotonic()
         with self._lock:
             self._began = None
@@ -150,6 +162,14 @@ class Loop:
         if now - self._counted >= self._beat_s / 2:
             self._count()
         return merged(updates)
+
+    def _begin(self, requests: set[str]) -> None:
+        """Say what a step works on, in time for whoever asks what was running when this process ended."""
+        self._scheduled &= self._open
+        if self._scheduled != requests:
+            self._scheduled = requests
+            self._channel.send([Scheduled(requests=sorted(requests))])
+        faults.act(0, [prompt for each in requests for prompt in self._new.pop(each, ())])
 
     def _send(self, updates: list[Update]) -> None:
         self._open.difference_update(each.request for each in updates if isinstance(each, Done | Failed))

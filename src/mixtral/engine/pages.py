@@ -136,7 +136,7 @@ class PageAllocator:
                 break
             found.chain.append(entry)
         self._owners[owner] = found
-        self.grow(owner, tokens)
+        self._extend(found.table, tokens)
 
     def grow(self, owner: int, tokens: int) -> list[int]:
         """Make a sequence own enough pages for ``tokens`` tokens; returns its pages. All or nothing.
@@ -146,11 +146,9 @@ class PageAllocator:
         """
         table = self._owners[owner].table
         missing = pages_for(tokens) - len(table)
-        if missing > self.available:
+        if missing > self.available or (missing > 0 and faults.fails("page")):
             raise self._full(tokens, missing)
-        for _ in range(missing):
-            table.append(self._take())
-        return table
+        return self._extend(table, tokens)
 
     def trim(self, owner: int, tokens: int) -> None:
         """Take back the pages beyond ``tokens`` tokens; none of them is published."""
@@ -217,6 +215,11 @@ class PageAllocator:
             if entry.parent is parent and entry.tokens == content and entry.scope == scope:
                 return entry
         return None
+
+    def _extend(self, table: list[int], tokens: int) -> list[int]:
+        while len(table) < pages_for(tokens):
+            table.append(self._take())
+        return table
 
     def _take(self) -> int:
         if self._free:

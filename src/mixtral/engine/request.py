@@ -78,11 +78,12 @@ class Sequence:
 class Request:
     """A submission and its sequences, in order of their index."""
 
-    __slots__ = ("ready", "scored", "sequences", "started", "submit")
+    __slots__ = ("paused", "ready", "scored", "sequences", "started", "submit")
 
     def __init__(self, submit: Submit, first_number: int) -> None:
         self.submit = submit
         self.started = False  # whether a sequence of it ever ran
+        self.paused = False  # its sequences wait, whatever is free, until it goes on
         self.ready = [False] * len(submit.prompts)  # prompts that were computed once: others may share them
         self.scored = [1] * len(submit.prompts)  # tokens of each prompt whose scores are known; the first has none
         count = submit.n * len(submit.prompts)

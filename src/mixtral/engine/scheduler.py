@@ -75,8 +75,15 @@ class Scheduler:
         for sequence in request.sequences:
             bisect.insort(self.waiting, sequence, key=_order)
 
+    def pause(self, request: Request, *, on: bool) -> None:
+        """Take the pages of a request away until it goes on. It is not counted as a preemption, so pins nothing."""
+        request.paused = on
+        for sequence in request.sequences:
+            if on and sequence.phase is Phase.RUNNING:
+                self._set_aside(sequence)
+
     def plan(self) -> Plan:
-        """Choose what the next step computes, and take the pages for it. Empty only if nothing is queued or running."""
+        """Choose what the next step computes, and take the pages for it. Empty only if there is nothing to work on."""
         plan = Plan()
         before = self.preemptions
         room = self.config.max_num_batched_tokens
@@ -141,12 +148,15 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._set_aside(sequence)
+
+    def _set_aside(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self.pages.release(sequence.number)
         sequence.phase = Phase.PREEMPTED
         sequence.computed = 0
-        sequence.preemptions += 1
-        self.preemptions += 1
         bisect.insort(self.waiting, sequence, key=_order)
 
     def _reserved(self) -> int:
@@ -164,7 +174,7 @@ class Scheduler:
                 return
             request = sequence.request
             leader = request.leader(sequence.prompt)
-            if leader is not sequence and not request.ready[sequence.prompt]:
+            if request.paused or (leader is not sequence and not request.ready[sequence.prompt]):
                 continue
             shared = self._shared(sequence, leader)
             if not self._fits(sequence, shared):

@@ -127,6 +127,10 @@ class AdmittedRun:
             self._door.throughput.count(len(update.events))
         return update
 
+    def abort(self, sequence: int) -> None:
+        """See Run."""
+        self._run.abort(sequence)
+
     def _too_late(self) -> ApiError:
         if self._queue_end is not None and self._queue_end <= self._end:
             waited = self._config.queue_timeout_s

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,34 +16,61 @@ from mixtral.limits import BODY
 from mixtral.server.config import ServerConfig
 from mixtral.server.errors import ApiError, ClientGone, show
 
-__all__ = ["INLINE_BYTES", "parse_json", "read_json"]
+__all__ = ["INLINE_BYTES", "Room", "parse_json", "read_body"]
 
-INLINE_BYTES = 64 * 1024  # larger bodies are parsed and encoded outside the event loop
+INLINE_BYTES = 64 * 1024  # larger bodies are parsed and encoded in another process
 _DEPTH, _VALUES, _DIGITS = (BODY[bound] for bound in ("levels", "values", "characters of a number"))
 _MEDIA_TYPE = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?[ \t]*', re.IGNORECASE)
 # Possessive, and the closing quote is optional: each byte is looked at once, whatever the input.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]|[-+0-9.eE]++', re.DOTALL)
 
 
-async def read_json(request: Request, config: ServerConfig) -> dict[str, Any]:
-    """The JSON object in a request's body.
+class Room:
+    """Memory for the long bodies of all requests that are being read at once."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.left = most_bytes
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function to be told how long a body is by now; inside the block the body has its memory.
+
+        The first ``INLINE_BYTES`` of a body count for nothing. The function raises ApiError, 503, if no room is left.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            more = max(0, size - INLINE_BYTES) - taken
+            if more > self.left:
+                message = "other long requests are being read; try again later"
+                headers = {"retry-after": "1", "connection": "close"}
+                raise ApiError(503, "server_overloaded", message, headers=headers)
+            self.left -= more
+            taken += more
+
+        try:
+            yield take
+        finally:
+            self.left += taken
+
+
+async def read_body(request: Request, config: ServerConfig, take: Callable[[int], None]) -> bytes:
+    """A request's body, which says that it is JSON. ``take`` is that of a Room.
 
     Raises:
-        ApiError: 408, 413, 415, or 400 for what is not one strict JSON object in UTF-8.
+        ApiError: 408, 413 or 415, or what ``take`` raises.
         ClientGone: the client left before its body was complete.
     """
     _check_media_type(request)
     try:
         async with asyncio.timeout(config.body_timeout_s):
-            body = await _read(request, config.body_limit_bytes)
+            return await _read(request, config.body_limit_bytes, take)
     except TimeoutError:
         message = f"the body did not arrive within {config.body_timeout_s:g} s"
         raise ApiError(408, "request_read_timeout", message, headers={"connection": "close"}) from None
     except ClientDisconnect:
         raise ClientGone from None
-    if len(body) > INLINE_BYTES:
-        return await asyncio.to_thread(parse_json, body)
-    return parse_json(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
@@ -78,7 +107,7 @@ def _check_media_type(request: Request) -> None:
         raise ApiError(415, "unsupported_media_type", f"content-encoding is {show(encoding)}; send it uncompressed")
 
 
-async def _read(request: Request, limit: int) -> bytes:
+async def _read(request: Request, limit: int, take: Callable[[int], None]) -> bytes:
     declared = request.headers.get("content-length", "0")
     body = bytearray()
     if declared.isdecimal() and len(declared) < 16 and int(declared) <= limit:
@@ -86,6 +115,7 @@ async def _read(request: Request, limit: int) -> bytes:
             body += part
             if len(body) > limit:
                 break
+            take(len(body))
         else:
             return bytes(body)
     message = f"the body is larger than {limit} bytes, the limit of this server"

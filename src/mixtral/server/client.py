@@ -20,7 +20,21 @@ from mixtral.server.errors import ApiError, ClientGone, overloaded
 from mixtral.server.metrics import Metrics, Times
 from mixtral.server.supervisor import Spawn, Supervisor
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import Abort, Done, Failed, Heartbeat, Hello, Started, Submit, Tokens, Update, frames_of
+from mixtral.wire import (
+    Abort,
+    Done,
+    Failed,
+    Heartbeat,
+    Hello,
+    Pause,
+    Scheduled,
+    Started,
+    Submit,
+    ToEngine,
+    Tokens,
+    Update,
+    frames_of,
+)
 
 __all__ = ["Client", "ClientRun", "Quarantine"]
 
@@ -34,26 +48,25 @@ _REFUSED = frozenset(
     }
 )
 _EVENT_BYTES, _CANDIDATE_BYTES = 128, 96  # what they take in memory, about
-_HARD_LIMIT = 16  # times the buffer: what a reader that is behind may not exceed even for a moment
 
 
 class ClientRun:
     """Updates of one request on their way to their reader; a Run.
 
     Tokens that nobody has read yet are put together, so that a slow reader costs the server no messages. Once they take
-    more than ``buffer_bytes``, the reader has ``stall_timeout_s`` to catch up; the engine never waits for it.
+    more than ``buffer_bytes``, the request is paused in the engine, which works on the others meanwhile; it goes on
+    when half of that is read. How long that may take is for whoever writes to the client to say.
     """
 
-    def __init__(self, submit: Submit, config: ServerConfig, *, drop: Callable[[ClientRun], None]) -> None:
+    def __init__(self, submit: Submit, config: ServerConfig, *, send: Callable[[ToEngine], None]) -> None:
         self.submit = submit
-        self.started = self.ended = False
+        self.started = self.ended = self.paused = False
         self.times = Times()
         self._config = config
-        self._drop = drop
+        self._send = send
         self._waiting: deque[Update] = deque()
         self._error: ApiError | None = None
         self._bytes = 0
-        self._over: float | None = None  # since when too much waits
         self._news = asyncio.Event()
 
     def __aiter__(self) -> ClientRun:
@@ -72,8 +85,8 @@ class ClientRun:
         if self._waiting:
             update = self._waiting.popleft()
             self._bytes -= _size(update)
-            if self._bytes <= self._config.buffer_bytes:
-                self._over = None
+            if self.paused and self._bytes <= self._config.buffer_bytes // 2:
+                self._pause(on=False)
             return update
         if self._error is not None:
             raise self._error
@@ -93,8 +106,8 @@ class ClientRun:
             self._waiting.append(update)
         self._bytes += _size(update)
         self._news.set()
-        if self._bytes > self._config.buffer_bytes:
-            self._check_buffer()
+        if self._bytes > self._config.buffer_bytes and not self.paused:
+            self._pause(on=True)
 
     def fail(self, error: ApiError) -> None:
         """End with an error, which the reader sees after what came before it."""
@@ -102,18 +115,19 @@ class ClientRun:
         self._error = self._error or error
         self._news.set()
 
-    def _check_buffer(self) -> None:
-        now = time.monotonic()
-        self._over = now if self._over is None else self._over
-        late = now - self._over > self._config.stall_timeout_s
-        if self._bytes > _HARD_LIMIT * self._config.buffer_bytes or late:
-            self._waiting.clear()  # nobody reads it, and it takes memory
-            self._bytes = 0
-            self._drop(self)
+    def abort(self, sequence: int) -> None:
+        """See Run."""
+        if not self.ended:
+            self._send(Abort(request=self.submit.request, sequence=sequence))
+
+    def _pause(self, *, on: bool) -> None:
+        self.paused = on
+        if not self.ended:
+            self._send(Pause(request=self.submit.request, on=on))
 
 
 class Quarantine:
-    """Requests that were in the engine at more than one of its deaths; while that is recent, they are refused.
+    """Requests that the engine worked on at more than one of its deaths; while that is recent, they are refused.
 
     Requests are the same if they ask the same of the engine; the seed, which may have been drawn, does not count.
     """
@@ -124,7 +138,7 @@ class Quarantine:
         self._deaths: deque[tuple[float, frozenset[bytes]]] = deque()
 
     def note(self, submits: list[Submit]) -> None:
-        """The engine died while it had these requests."""
+        """The engine died while it worked on these requests."""
         self._deaths.append((self._clock(), frozenset(map(self.key, submits))))
 
     def holds(self, submit: Submit) -> bool:
@@ -159,6 +173,7 @@ class Client:
         self._hello: Hello | None = None
         self._tokenizer: Tokenizer | None = None
         self._victims: list[Submit] = []  # requests of which the dying engine itself said so
+        self._scheduled: frozenset[str] = frozenset()  # requests that its present step works on
         self._draining = False
         self._loading_since = time.monotonic()
         self._load_s = 5.0  # how long the last start took
@@ -248,15 +263,15 @@ class Client:
             ApiError: 503 when no requests are taken now; 400 for one that was there when the engine died, twice.
         """
         self._check(submit)
-        run = ClientRun(submit, self._config, drop=self._drop)
+        run = ClientRun(submit, self._config, send=self._send)
         self._runs[submit.request] = run
         self._count()
         try:
-            self.supervisor.write(frames_of([submit]))
+            self._send(submit)
             yield run
         except BaseException as error:
             if not run.ended:
-                self.metrics.aborted(_reason(error))
+                self.metrics.aborted("slow_reader" if run.paused else _reason(error))
             raise
         finally:
             self._forget(run)
@@ -272,7 +287,7 @@ class Client:
             if not run.ended:
                 run.fail(self._unavailable())
                 self.metrics.aborted("shutdown")
-                self.supervisor.write(frames_of([Abort(request=run.submit.request)]))
+                self._send(Abort(request=run.submit.request))
 
     async def close(self) -> None:
         """Abort what is left and end the engine."""
@@ -290,6 +305,7 @@ class Client:
         elif msgspec.structs.replace(hello, cache_tokens=self._hello.cache_tokens) != self._hello:
             raise EngineError("the engine that was started again serves another model than before")
         self._hello = hello
+        self._scheduled = frozenset()
         self._load_s = time.monotonic() - self._loading_since
         self.metrics.engine(up=True, restarts=self.supervisor.restarts)
         self._ready.set()
@@ -297,6 +313,10 @@ class Client:
     def on_beat(self, beat: Heartbeat) -> None:
         """See Owner."""
         self.metrics.beat(beat)
+
+    def on_scheduled(self, scheduled: Scheduled) -> None:
+        """See Owner."""
+        self._scheduled = frozenset(scheduled.requests)
 
     def on_update(self, update: Update) -> None:
         """See Owner. What comes for a request that was aborted meanwhile is dropped."""
@@ -315,7 +335,8 @@ class Client:
         self._loading_since = time.monotonic()
         self.metrics.engine(up=False, restarts=self.supervisor.restarts + 1)
         runs = [run for run in self._runs.values() if not run.ended]
-        self._quarantine.note([*self._victims, *(run.submit for run in runs)])
+        had = [*self._victims, *(run.submit for run in runs)]
+        self._quarantine.note([submit for submit in had if submit.request in self._scheduled])
         self._victims.clear()
         if runs:
             _log.error("%d requests end: the engine ended, %s", len(runs), reason)
@@ -350,17 +371,14 @@ class Client:
             return overloaded("model_loading", "the model is being loaded", retry_after_s=_clamp(left))
         return overloaded("engine_restarting", "the engine is being restarted", retry_after_s=_clamp(left))
 
-    def _drop(self, run: ClientRun) -> None:
-        """End a run whose reader does not read."""
-        run.fail(overloaded("slow_reader", "the client did not read its answer", retry_after_s=1))
-        self.metrics.aborted("slow_reader")
-        self.supervisor.write(frames_of([Abort(request=run.submit.request)]))
+    def _send(self, message: ToEngine) -> None:
+        self.supervisor.write(frames_of([message]))
 
     def _forget(self, run: ClientRun) -> None:
         del self._runs[run.submit.request]
         if not run.ended:
             run.ended = True
-            self.supervisor.write(frames_of([Abort(request=run.submit.request)]))
+            self._send(Abort(request=run.submit.request))
         self.metrics.finished(run.times)
         self._count()
 

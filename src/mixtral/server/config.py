@@ -27,6 +27,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "drain_s": (0, 3600),
     "body_limit_bytes": (1024, 64 * 2**20),
     "connections": (1, 2**20),
+    "text_processes": (1, 64),
+    "text_timeout_s": (0.05, 600),
     "buffer_bytes": (1024, 16 * 2**20),
     "engine_stall_s": (0.05, 3600),
     "engine_deaths": (1, 1000),
@@ -44,7 +46,8 @@ class ServerConfig:
     ``queue_tokens`` prompt tokens together may wait ``queue_timeout_s`` for the engine. ``drain_s`` is what running
     requests get after a stop signal. A client that reads nothing for ``stall_timeout_s`` is dropped. A stream without
     tokens for ``wait_note_s`` gets a comment line. ``buffer_bytes`` of tokens may wait for a slow reader. Of
-    ``connections`` fewer are taken where the limit of open files is lower. An engine that is not heard of, or works on
+    ``connections`` fewer are taken where the limit of open files is lower. Long bodies are read in ``text_processes``,
+    each for at most ``text_timeout_s``. An engine that is not heard of, or works on
     one step, for ``engine_stall_s`` is ended and started again; after ``engine_deaths`` ends within
     ``engine_deaths_within_s`` the server gives up.
 
@@ -71,6 +74,8 @@ class ServerConfig:
     drain_s: float = 30.0
     body_limit_bytes: int = 4 * 2**20
     connections: int = 1024
+    text_processes: int = 2
+    text_timeout_s: float = 30.0
     buffer_bytes: int = 256 * 2**10
     engine_stall_s: float = 60.0
     engine_deaths: int = 3

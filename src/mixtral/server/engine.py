@@ -25,6 +25,10 @@ class Run(Protocol):
 
     async def __anext__(self) -> Update | None: ...
 
+    def abort(self, sequence: int) -> None:
+        """End one sequence; what still comes for it means nothing."""
+        ...
+
 
 class Engine(Protocol):
     """A model behind a queue. ``context`` counts tokens of prompt and answer; ``cache_tokens`` is what one sequence may

@@ -70,6 +70,9 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, error.code, str(error), param=error.param)
     if isinstance(error, MixtralError) and error.code == "server_overloaded":
         return overloaded(error.code, str(error), retry_after_s=2)
+    if isinstance(error, MemoryError):
+        message = "the server has no memory left for this request; try again later, or send less at once"
+        return overloaded("server_overloaded", message, retry_after_s=2)
     if isinstance(error, NumericalError):
         message = "the model produced a number that is not finite; this request was ended, others are not affected"
         return ApiError(500, error.code, message, headers=_NO_RETRY)

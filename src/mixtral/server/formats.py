@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mixtral.grammar import Source
 from mixtral.limits import PARTS
 from mixtral.server.errors import ApiError, show
 from mixtral.server.fields import combination, members, name_of, part, required, wrong_type, wrong_value
@@ -14,17 +15,10 @@ from mixtral.tokenizer import Tokenizer
 from mixtral.tokenizer.turns import read_tools
 from mixtral.wire import Constraint
 
-__all__ = ["Form", "Grammar", "Source", "constraint", "read_form", "read_response_format"]
+__all__ = ["Form", "Grammar", "constraint", "read_form", "read_response_format"]
 
 _TOOL_BYTES = int(PARTS["tools (bytes as JSON)"].high or 0)
 _CALLS = "[TOOL_CALLS]"
-
-
-class Source(Protocol):
-    """A grammar as text, not tried yet."""
-
-    @property
-    def text(self) -> str: ...
 
 
 class Grammar(Protocol):
@@ -38,7 +32,7 @@ class Grammar(Protocol):
         """The grammar of what follows ``[TOOL_CALLS]``: calls of any of ``tools``, or exactly one of ``name``."""
         ...
 
-    def check(self, source: Any) -> None:
+    def check(self, source: Source) -> None:
         """Try a grammar out where nothing can be harmed; takes up to seconds. Raises if it cannot be used."""
         ...
 

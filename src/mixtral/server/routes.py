@@ -8,43 +8,36 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
+from mixtral.grammar import Source
 from mixtral.server.admission import Admission
-from mixtral.server.body import read_json
+from mixtral.server.body import INLINE_BYTES, Room, read_body
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import Engine
-from mixtral.server.errors import ApiError, show
-from mixtral.server.formats import Grammar, Source
+from mixtral.server.formats import Grammar
 from mixtral.server.keys import holder_of
 from mixtral.server.openapi import document
-from mixtral.server.protocol import (
-    Options,
-    TokenizeRequest,
-    read_chat,
-    read_completion,
-    read_detokenize,
-    read_tokenize,
-)
+from mixtral.server.reading import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, check_model, read
 from mixtral.server.sse import EventStream, unless_gone
-from mixtral.server.work import Work, collect, prepare_chat, prepare_completion, stream
-from mixtral.tokenizer import encode_chat
+from mixtral.server.texts import Texts
+from mixtral.server.work import Prepared, begin, collect, stream
 
 __all__ = ["UNSUPPORTED", "Routes"]
 
-T = TypeVar("T")
-
 _log = logging.getLogger("mixtral.server")
-_CHAT = "/v1/chat/completions"
+_BODIES = 16  # of the largest size, that may be in memory at once
+_PART_BYTES = 256 * 1024  # of an answer, that are sent at once
 # OpenAI routes that are not here, and why.
 UNSUPPORTED: Mapping[str, str] = {
     "/v1/embeddings": "the model has no embedding head",
-    "/v1/responses": f"conversations are not stored; use {_CHAT}",
-    "/v1/assistants": f"conversations are not stored; use {_CHAT}",
-    "/v1/threads": f"conversations are not stored; use {_CHAT}",
+    "/v1/responses": f"conversations are not stored; use {CHAT}",
+    "/v1/assistants": f"conversations are not stored; use {CHAT}",
+    "/v1/threads": f"conversations are not stored; use {CHAT}",
     "/v1/files": "nothing is uploaded; use the command mixtral batch with local files",
     "/v1/batches": "nothing is uploaded; use the command mixtral batch with local files",
     "/v1/fine_tuning": "models are trained by command, not over HTTP",
@@ -63,7 +56,9 @@ class Routes:
         self._config = config
         self._grammar = grammar
         self._created = int(time.time())
-        # Preparing a request may take long; the event loop never waits for it.
+        # Reading a request may take long; the event loop never waits for it.
+        self._room = Room(_BODIES * config.body_limit_bytes)
+        self._texts = Texts(config, grammar=grammar is not None)
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="mixtral-text")
         self._trials = ThreadPoolExecutor(max_workers=16, thread_name_prefix="mixtral-trial")
         self._document: dict[str, Any] | None = None  # made when it is asked for: the model must be known
@@ -74,16 +69,17 @@ class Routes:
             ("GET", "/openapi.json", self.openapi),
             ("GET", "/v1/models", self.models),
             ("GET", "/v1/models/{name:path}", self.model),
-            ("POST", _CHAT, self.chat),
-            ("POST", "/v1/completions", self.completions),
-            ("POST", "/tokenize", self.tokenize),
-            ("POST", "/detokenize", self.detokenize),
+            ("POST", CHAT, self.chat),
+            ("POST", COMPLETIONS, self.completions),
+            ("POST", TOKENIZE, self.tokenize),
+            ("POST", DETOKENIZE, self.detokenize),
         ]
 
     def close(self) -> None:
         """End the threads."""
         for pool in (self._threads, self._trials):
             pool.shutdown(wait=False, cancel_futures=True)
+        self._texts.close()
         if self._grammar is not None:
             self._grammar.close()
 
@@ -99,30 +95,24 @@ class Routes:
 
     async def model(self, name: str) -> Response:
         """One model by its name; 404 for any other."""
-        return JSONResponse(self._find_model(name))
+        check_model(name, self._engine)
+        return JSONResponse(self._models()[name])
 
     async def chat(self, request: Request) -> Response:
         """An answer to a conversation."""
-        return await self._answer(request, self._chat)
+        return await self._answer(request, CHAT)
 
     async def completions(self, request: Request) -> Response:
         """Continuations of raw prompts."""
-        return await self._answer(request, self._completion)
+        return await self._answer(request, COMPLETIONS)
 
     async def tokenize(self, request: Request) -> Response:
         """Ids of a text or a conversation."""
-        wanted = read_tokenize(await read_json(request, self._config))
-        if wanted.model is not None:
-            self._find_model(wanted.model)
-        return JSONResponse(await self._in_thread(lambda: self._tokenized(wanted)))
+        return await self._answer(request, TOKENIZE)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
-        body = await read_json(request, self._config)
-        name, ids = read_detokenize(body, vocab_size=self._engine.vocab_size)
-        if name is not None:
-            self._find_model(name)
-        return JSONResponse({"prompt": await self._in_thread(lambda: self._engine.tokenizer.decode(ids))})
+        return await self._answer(request, DETOKENIZE)
 
     def _try(self, grammar: Grammar, source: Source) -> None:
         began = time.monotonic()
@@ -131,56 +121,34 @@ class Routes:
         finally:
             self._engine.metrics.grammar(time.monotonic() - began, grammar.cache_bytes)
 
-    async def _answer(
-        self, request: Request, prepare: Callable[[dict[str, Any], str], tuple[Work, Options]]
-    ) -> Response:
-        body = await read_json(request, self._config)
+    async def _answer(self, request: Request, route: str) -> Response:
         holder = holder_of(request.scope)
-        work, options = await self._in_thread(lambda: prepare(body, "" if holder is None else holder.name))
-        for source in work.sources:
+        with self._room.share() as take:
+            body = await read_body(request, self._config, take)
+            found = await self._read(route, body, "" if holder is None else holder.name)
+            del body
+        if isinstance(found, bytes):
+            return _Whole(found, media_type="application/json")
+        for source in found.sources:
             if self._grammar is not None:
                 # Not among the threads for texts: others shall not wait for grammars that are slow to try.
                 await asyncio.get_running_loop().run_in_executor(self._trials, self._try, self._grammar, source)
-        for user in options.users:
+        for user in found.users:
             digest = hashlib.sha256(user.encode()).hexdigest()[:16]
             _log.info("request %s: user %s", request.scope.get("mixtral.request_id"), digest)
+        work = begin(self._engine, found)
         headers = {"x-mixtral-seed": str(work.submit.params.seed)}
         if holder is not None:
             work.charge = holder.charge
-        if options.stream:
+        if found.stream:
             return EventStream(stream(self._door, work), self._config, headers)
         return JSONResponse(await unless_gone(request.receive, collect(self._door, work)), headers=headers)
 
-    def _chat(self, body: dict[str, Any], holder: str) -> tuple[Work, Options]:
-        engine = self._engine
-        wanted = read_chat(body, vocab_size=engine.vocab_size, layers=engine.layers)
-        self._find_model(wanted.options.model)
-        return prepare_chat(engine, wanted, self._grammar, _scope(holder, wanted.options)), wanted.options
-
-    def _completion(self, body: dict[str, Any], holder: str) -> tuple[Work, Options]:
-        engine = self._engine
-        wanted = read_completion(body, vocab_size=engine.vocab_size, layers=engine.layers)
-        self._find_model(wanted.options.model)
-        return prepare_completion(engine, wanted, self._grammar, _scope(holder, wanted.options)), wanted.options
-
-    def _tokenized(self, wanted: TokenizeRequest) -> dict[str, Any]:
-        tokenizer = self._engine.tokenizer
-        if wanted.messages is None:
-            ids = tokenizer.encode(wanted.prompt, bos=wanted.bos)
-        else:
-            ids = encode_chat(tokenizer, wanted.messages, wanted.tools or None).ids
-        answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": self._engine.context}
-        return answer | ({"pieces": [tokenizer.piece(id) for id in ids]} if wanted.pieces else {})
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-
-    def _find_model(self, name: str) -> dict[str, Any]:
-        models = self._models()
-        if name not in models:
-            message = f"there is no model {show(name)}; this server has {', '.join(map(repr, models))}"
-            raise ApiError(404, "model_not_found", message, param="model")
-        return models[name]
+    async def _read(self, route: str, body: bytes, holder: str) -> Prepared | bytes:
+        if len(body) > INLINE_BYTES:
+            return await self._texts.read(route, self._engine, body, holder)
+        call = asyncio.get_running_loop().run_in_executor
+        return await call(self._threads, read, route, self._engine, body, holder, self._grammar)
 
     def _models(self) -> dict[str, dict[str, Any]]:
         """Name -> description of the base model; an adapter's ``parent`` would be its name."""
@@ -195,7 +163,11 @@ class Routes:
         return {self._engine.name: description}
 
 
-def _scope(holder: str, options: Options) -> str:
-    """Whose cached prefixes a request may use: those of the same key, model and ``prompt_cache_key``."""
-    parts = "\x1f".join((holder, options.model, options.cache_key))
-    return hashlib.sha256(parts.encode()).hexdigest()
+class _Whole(Response):
+    """An answer that may be long, sent in parts."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), _PART_BYTES):
+            part = self.body[start : start + _PART_BYTES]
+            await send({"type": "http.response.body", "body": part, "more_body": start + _PART_BYTES < len(self.body)})

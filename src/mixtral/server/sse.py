@@ -19,6 +19,7 @@ __all__ = ["DONE", "WAIT", "EventStream", "frame", "unless_gone"]
 
 DONE = b"data: [DONE]\n\n"
 WAIT = b": wait\n\n"
+_PART_BYTES = 64 * 1024  # what a client has to take before it counts as standing still
 T = TypeVar("T")
 
 _log = logging.getLogger("mixtral.server")
@@ -100,8 +101,10 @@ class EventStream(Response):
 
     async def _send(self, send: Send, data: bytes, *, more: bool) -> None:
         try:
-            async with asyncio.timeout(self._config.stall_timeout_s):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
+            for start in range(0, len(data) or 1, _PART_BYTES):
+                part = data[start : start + _PART_BYTES]
+                async with asyncio.timeout(self._config.stall_timeout_s):
+                    await send({"type": "http.response.body", "body": part, "more_body": more})
         except (TimeoutError, OSError):
             raise ClientGone from None
 

@@ -19,15 +19,15 @@ import msgspec
 from mixtral.errors import ConfigError, EngineError, MixtralError
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import State
-from mixtral.wire import Channel, ChannelError, Failed, Frames, FromEngine, Heartbeat, Hello, Start, Update
+from mixtral.wire import Channel, ChannelError, Failed, Frames, FromEngine, Heartbeat, Hello, Scheduled, Start, Update
 
-__all__ = ["EngineProcess", "Link", "Owner", "Spawn", "Supervisor", "Worker", "process"]
+__all__ = ["EXHAUSTED", "EngineProcess", "Link", "Owner", "Spawn", "Supervisor", "Worker", "process"]
 
 _log = logging.getLogger("mixtral.server")
 _TICK_S = 0.25
 _PAUSES_S = (0.1, 1.0, 3.0)  # before a restart, by recent deaths
 _EXHAUSTED_S = 1.0  # before another try, when the system had no room for a process
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})  # no files or memory left
 _GRACE_S = 1.0  # for an engine that noticed the end of its channel, to write its last lines
 _END_S = 5.0
 
@@ -59,6 +59,10 @@ class Owner(Protocol):
 
     def on_beat(self, beat: Heartbeat) -> None:
         """What the engine counts, about once a second."""
+        ...
+
+    def on_scheduled(self, scheduled: Scheduled) -> None:
+        """What the next step works on."""
         ...
 
     def on_update(self, update: Update) -> None:
@@ -231,7 +235,7 @@ class Supervisor:
         try:
             self._worker = self._spawn()
         except (OSError, MixtralError) as error:
-            self._exhausted = isinstance(error, OSError) and error.errno in _EXHAUSTED
+            self._exhausted = isinstance(error, OSError) and error.errno in EXHAUSTED
             return f"it cannot be started ({error})"
         link = Link(self._take)
         try:
@@ -274,6 +278,8 @@ class Supervisor:
         elif isinstance(message, Heartbeat):
             self.beat = message
             self._owner.on_beat(message)
+        elif isinstance(message, Scheduled):
+            self._owner.on_scheduled(message)
         elif isinstance(message, Failed) and not message.request:
             self._refusal = ConfigError(message.message, param=message.param, code=message.code)
         else:

@@ -6,38 +6,84 @@ import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+import msgspec
 
 from mixtral.errors import MixtralError
+from mixtral.grammar import Source
 from mixtral.server.admission import Admission, AdmittedRun
-from mixtral.server.answer import Answer, Piece, echo, joined
+from mixtral.server.answer import Answer, Calls, Piece, echo, joined
 from mixtral.server.engine import Engine
 from mixtral.server.errors import ApiError
 from mixtral.server.fields import combination
-from mixtral.server.formats import Grammar, Source, constraint
+from mixtral.server.formats import Grammar, constraint
 from mixtral.server.protocol import ChatRequest, CompletionRequest, Options
 from mixtral.server.replies import ChatReply, CompletionReply, Reply, usage
-from mixtral.server.routing import Collected
+from mixtral.server.routing import Collected, Telemetry
 from mixtral.server.sse import DONE, WAIT, frame
-from mixtral.tokenizer import encode_chat
+from mixtral.tokenizer import Tokenizer, encode_chat
 from mixtral.wire import Constraint, Done, PromptScores, PromptToken, SamplingParams, Started, Submit, Tokens
 
-__all__ = ["Work", "collect", "prepare_chat", "prepare_completion", "stream"]
+__all__ = ["Facts", "Prepared", "Work", "begin", "collect", "prepare_chat", "prepare_completion", "stream"]
 
 _CHAT_TOKENS = 4096
 _COMPLETION_TOKENS = 16
+
+
+class Facts(Protocol):
+    """What a request is read for; a part of Engine."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def cache_tokens(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag="prepared", forbid_unknown_fields=True):
+    """A checked request as plain data: a message for the engine, and what its answers need, see ``Answer``.
+
+    ``sources`` are grammars that must be tried before. ``echoes`` are prompts that come first in their answers, whose
+    text then begins at the character in ``offsets``. ``users`` are the names that the log shows as a hash.
+    """
+
+    chat: bool
+    submit: Submit
+    sources: list[Source]
+    stop: tuple[str, ...] = ()
+    calls: Calls = "text"
+    continues: bool
+    salt: str = ""
+    offsets: list[int]
+    echoes: list[str | list[int]]
+    telemetry: Telemetry
+    stream: bool
+    include_usage: bool
+    users: tuple[str, ...]
 
 
 @dataclass(slots=True, kw_only=True)
 class Work:
     """A request that is ready for the engine: a message for it, and one growing answer per sequence.
 
-    ``sources`` are grammars that must be tried before. ``echoes`` are prompts that come first in their answers;
-    ``scores`` collects their tokens. ``charge`` is told of tokens as they are read and made.
+    ``echoes`` are prompts that come first in their answers; ``scores`` collects their tokens. ``charge`` is told of
+    tokens as they are read and made.
     """
 
     submit: Submit
-    sources: list[Source]
     answers: list[Answer]
     reply: Reply
     routing: Collected
@@ -52,83 +98,98 @@ class Work:
         return usage(sum(map(len, self.submit.prompts)), made, sum(started.cached))
 
 
-def prepare_chat(engine: Engine, request: ChatRequest, grammar: Grammar | None, scope: str) -> Work:
-    """Encode a conversation. Raises ApiError or MixtralError, which name the field."""
-    options, tokenizer, form = request.options, engine.tokenizer, request.form
-    ids = encode_chat(tokenizer, request.messages, form.tools or None, max_tokens=engine.context).ids
-    room = min(engine.context, engine.cache_tokens) - len(ids)
-    params = _params(engine, options, [ids], min(max(room, 1), _CHAT_TOKENS), "messages")
-    continues = request.messages[-1]["role"] == "assistant"
-    limits, sources = constraint(form, tokenizer, grammar, continues=continues)
-    submit = Submit(
-        request=uuid.uuid4().hex,
-        prompts=[ids],
-        params=params,
-        n=options.n,
-        constraint=limits,
-        scope=scope,
-        priority=options.priority,
-        routing=options.telemetry.mode != "none",
-        routing_prompt=options.telemetry.prompt,
-    )
-    salt = hashlib.sha256(repr(ids).encode()).hexdigest()
-    answers = [
-        Answer(
-            tokenizer,
-            stop=options.stop,
-            calls="offered" if form.offers_calls else "refused",
-            continues=continues,
-            salt=f"{salt}\x1f{choice}",
-        )
-        for choice in range(options.n)
-    ]
-    reply = ChatReply(engine, logprobs=params.logprobs is not None)
+def begin(engine: Engine, prepared: Prepared) -> Work:
+    """Work for an engine. Takes little time."""
+    submit = prepared.submit
+    make = ChatReply if prepared.chat else CompletionReply
     return Work(
         submit=submit,
-        sources=sources,
-        answers=answers,
-        reply=reply,
-        routing=Collected(options.telemetry, layers=engine.layers, experts=engine.experts),
-        include_usage=options.include_usage,
+        answers=[
+            Answer(
+                engine.tokenizer,
+                stop=prepared.stop,
+                calls=prepared.calls,
+                continues=prepared.continues,
+                offset=offset,
+                salt=f"{prepared.salt}\x1f{choice}",
+            )
+            for offset in prepared.offsets
+            for choice in range(submit.n)
+        ],
+        reply=make(engine, logprobs=submit.params.logprobs is not None),
+        routing=Collected(prepared.telemetry, layers=engine.layers, experts=engine.experts),
+        include_usage=prepared.include_usage,
+        echoes=prepared.echoes,
     )
 
 
-def prepare_completion(engine: Engine, request: CompletionRequest, grammar: Grammar | None, scope: str) -> Work:
-    """Encode the prompts, each with BOS if it is text. Raises ApiError or MixtralError, which name the field."""
-    options, tokenizer = request.options, engine.tokenizer
-    prompts = [_encode(engine, prompt) for prompt in request.prompts]
-    params = _params(engine, options, prompts, _COMPLETION_TOKENS, "prompt")
+def prepare_chat(facts: Facts, request: ChatRequest, grammar: Grammar | None, holder: str) -> Prepared:
+    """Encode a conversation, for the ``holder`` of a key. Raises ApiError or MixtralError, which name the field."""
+    options, tokenizer, form = request.options, facts.tokenizer, request.form
+    ids = encode_chat(tokenizer, request.messages, form.tools or None, max_tokens=facts.context).ids
+    room = min(facts.context, facts.cache_tokens) - len(ids)
+    params = _params(facts, options, [ids], min(max(room, 1), _CHAT_TOKENS), "messages")
+    continues = request.messages[-1]["role"] == "assistant"
+    limits, sources = constraint(form, tokenizer, grammar, continues=continues)
+    return Prepared(
+        chat=True,
+        submit=_submit([ids], params, options, limits, holder),
+        sources=sources,
+        stop=options.stop,
+        calls="offered" if form.offers_calls else "refused",
+        continues=continues,
+        salt=hashlib.sha256(repr(ids).encode()).hexdigest(),
+        offsets=[0],
+        echoes=[],
+        telemetry=options.telemetry,
+        stream=options.stream,
+        include_usage=options.include_usage,
+        users=options.users,
+    )
+
+
+def prepare_completion(facts: Facts, request: CompletionRequest, grammar: Grammar | None, holder: str) -> Prepared:
+    """Encode prompts, each with BOS if it is text; as ``prepare_chat``."""
+    options, tokenizer = request.options, facts.tokenizer
+    prompts = [_encode(facts, prompt) for prompt in request.prompts]
+    params = _params(facts, options, prompts, _COMPLETION_TOKENS, "prompt")
     limits: Constraint | None = None
     sources: list[Source] = []
     if request.form.text is not None:
         limits, sources = constraint(request.form, tokenizer, grammar, continues=True)
-    submit = Submit(
+    offsets = [0] * len(prompts)
+    if request.echo:
+        offsets = [len(echo(tokenizer, prompt, ()).text) for prompt in request.prompts]
+    return Prepared(
+        chat=False,
+        submit=_submit(prompts, params, options, limits, holder),
+        sources=sources,
+        stop=options.stop,
+        continues=True,
+        offsets=offsets,
+        echoes=[*request.prompts] if request.echo else [],
+        telemetry=options.telemetry,
+        stream=options.stream,
+        include_usage=options.include_usage,
+        users=options.users,
+    )
+
+
+def _submit(
+    prompts: list[list[int]], params: SamplingParams, options: Options, limits: Constraint | None, holder: str
+) -> Submit:
+    # Cached prefixes are those of the same key, model and prompt_cache_key.
+    scope = "\x1f".join((holder, options.model, options.cache_key))
+    return Submit(
         request=uuid.uuid4().hex,
         prompts=prompts,
         params=params,
         n=options.n,
         constraint=limits,
-        scope=scope,
+        scope=hashlib.sha256(scope.encode()).hexdigest(),
         priority=options.priority,
         routing=options.telemetry.mode != "none",
         routing_prompt=options.telemetry.prompt,
-    )
-    offsets = [0] * len(prompts)
-    if request.echo:
-        offsets = [len(echo(tokenizer, prompt, ()).text) for prompt in request.prompts]
-    answers = [
-        Answer(tokenizer, stop=options.stop, continues=True, offset=offset)
-        for offset in offsets
-        for _ in range(options.n)
-    ]
-    return Work(
-        submit=submit,
-        sources=sources,
-        answers=answers,
-        reply=CompletionReply(engine, logprobs=params.logprobs is not None),
-        routing=Collected(options.telemetry, layers=engine.layers, experts=engine.experts),
-        include_usage=options.include_usage,
-        echoes=request.prompts if request.echo else (),
     )
 
 
@@ -196,8 +257,13 @@ async def _pieces(run: AdmittedRun, work: Work) -> AsyncGenerator[list[tuple[int
             work.scores[update.prompt] = update.tokens
         elif isinstance(update, Tokens):
             work.charge(len(update.events))
-            yield _read(update, work)
-            if all(answer.finished for answer in work.answers):
+            pieces = _read(update, work)
+            over = all(answer.finished for answer in work.answers)
+            if not over:
+                _stop(run, update, pieces)
+            if pieces:
+                yield pieces
+            if over:
                 return
         elif isinstance(update, Done):
             if work.submit.params.max_tokens:
@@ -214,42 +280,52 @@ def _read(update: Tokens, work: Work) -> list[tuple[int, Piece]]:
     found: dict[int, list[Piece]] = {}
     for event in update.events:
         answer = work.answers[event.sequence]
-        if event.routing is not None and not answer.finished:
+        if answer.finished:
+            continue  # it found its stop string before
+        if event.routing is not None:
             work.routing.add(event.sequence, event.routing)
         found.setdefault(event.sequence, []).append(answer.push(event))
     return [(index, joined(pieces)) for index, pieces in found.items()]
 
 
-def _encode(engine: Engine, prompt: str | list[int]) -> list[int]:
+def _stop(run: AdmittedRun, update: Tokens, pieces: Sequence[tuple[int, Piece]]) -> None:
+    """Let the engine end what is finished here, by a stop string, and not there."""
+    ended = {event.sequence for event in update.events if event.finish_reason is not None}
+    for index, piece in pieces:
+        if piece.finish_reason is not None and index not in ended:
+            run.abort(index)
+
+
+def _encode(facts: Facts, prompt: str | list[int]) -> list[int]:
     if not isinstance(prompt, str):
         return list(prompt)
-    fewest = engine.tokenizer.fewest_tokens(prompt)
-    if fewest > engine.context:
+    fewest = facts.tokenizer.fewest_tokens(prompt)
+    if fewest > facts.context:
         message = (
-            f"the prompt needs at least {fewest} tokens; the context of this model is {engine.context} tokens. "
+            f"the prompt needs at least {fewest} tokens; the context of this model is {facts.context} tokens. "
             "Shorten the prompt."
         )
         raise ApiError(400, "context_length_exceeded", message, param="prompt")
-    return engine.tokenizer.encode(prompt, bos=True)
+    return facts.tokenizer.encode(prompt, bos=True)
 
 
 def _params(
-    engine: Engine, options: Options, prompts: Sequence[Sequence[int]], default: int, param: str
+    facts: Facts, options: Options, prompts: Sequence[Sequence[int]], default: int, param: str
 ) -> SamplingParams:
     """Sampling parameters with ``max_tokens``, if the longest prompt and its answer fit. Raises ApiError."""
     longest = max(map(len, prompts))
     max_tokens = default if options.max_tokens is None else options.max_tokens
     total = longest + max_tokens
-    if total > engine.context:
+    if total > facts.context:
         message = (
             f"prompt {longest} + max_tokens {max_tokens} = {total} tokens; the context of "
-            f"this model is {engine.context} tokens. Shorten the prompt or lower max_tokens."
+            f"this model is {facts.context} tokens. Shorten the prompt or lower max_tokens."
         )
         raise ApiError(400, "context_length_exceeded", message, param=param)
-    if total > engine.cache_tokens:
+    if total > facts.cache_tokens:
         message = (
             f"prompt {longest} + max_tokens {max_tokens} = {total} tokens; the cache of this server holds "
-            f"{engine.cache_tokens} tokens. Shorten the prompt or lower max_tokens."
+            f"{facts.cache_tokens} tokens. Shorten the prompt or lower max_tokens."
         )
         raise ApiError(400, "request_exceeds_cache", message, param=param)
     if options.sampling.get("min_tokens", 0) > max_tokens:

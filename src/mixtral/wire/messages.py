@@ -18,9 +18,11 @@ __all__ = [
     "FromEngine",
     "Heartbeat",
     "Hello",
+    "Pause",
     "PromptScores",
     "PromptToken",
     "Routing",
+    "Scheduled",
     "Start",
     "Started",
     "Stats",
@@ -104,6 +106,16 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
 
     request: str
     sequence: int | None = None
+
+
+class Pause(msgspec.Struct, frozen=True, kw_only=True, tag="pause"):
+    """With ``on``, stop working on a request, whose reader is behind, and free what it holds; without, go on with it.
+
+    Some updates may still be on their way. A request that is unknown or finished is left alone.
+    """
+
+    request: str
+    on: bool
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +231,12 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     fingerprint: str
 
 
+class Scheduled(msgspec.Struct, frozen=True, kw_only=True, tag="scheduled"):
+    """The requests that the next step works on; sent before that step where they are others than told before."""
+
+    requests: list[str]
+
+
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
     """Sent about once a second by a thread of its own; ``step_age`` is how long the present step has lasted.
 
@@ -232,5 +250,5 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 Update = Started | PromptScores | Tokens | Done | Failed
-ToEngine = Start | Submit | Abort
-FromEngine = Hello | Heartbeat | Started | PromptScores | Tokens | Done | Failed
+ToEngine = Start | Submit | Abort | Pause
+FromEngine = Hello | Heartbeat | Scheduled | Started | PromptScores | Tokens | Done | Failed
