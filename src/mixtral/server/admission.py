@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Callable
 
 from mixtral.server.config import ServerConfig
+from mixtral.server.deadline import Deadline
 from mixtral.server.engine import Engine, Run
 from mixtral.server.errors import ApiError, overloaded
 from mixtral.tokenizer import Tokenizer
@@ -108,6 +108,7 @@ class AdmittedRun:
         self._leave_queue = leave_queue
         self._queue_end: float | None = now + config.queue_timeout_s
         self._end = now + config.request_timeout_s
+        self._deadline = Deadline()
 
     def __aiter__(self) -> AdmittedRun:
         return self
@@ -115,7 +116,7 @@ class AdmittedRun:
     async def __anext__(self) -> Update | None:
         end = min(self._end, self._queue_end or self._end)
         try:
-            async with asyncio.timeout(max(end - time.monotonic(), 0)):
+            with self._deadline.within(max(end - time.monotonic(), 0)):
                 update = await self._run.__anext__()
         except TimeoutError:
             raise self._too_late() from None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from mixtral.errors import MessagesError
 from mixtral.server.errors import ApiError
 from mixtral.tokenizer import CallDelta, CallReader, TextStream, Tokenizer
@@ -18,8 +20,7 @@ Finish = Literal["stop", "length", "tool_calls"]
 Calls = Literal["offered", "refused", "text"]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenText:
+class TokenText(msgspec.Struct, frozen=True):
     """One token of the answer: its bytes, the character of the answer at which it begins, and its event."""
 
     surface: bytes
@@ -27,8 +28,7 @@ class TokenText:
     event: TokenEvent | PromptToken
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """What became certain with one event. ``tokens`` is empty unless log-probabilities were asked for."""
 
     text: str = ""
@@ -111,6 +111,7 @@ class Answer:
         self._salt = salt
         self._reader: CallReader | None = None
         self._call_text = TextStream(tokenizer)
+        self._scored = False  # log-probabilities come with the tokens
         self._tokens: list[tuple[int, TokenText]] = []  # not yet given out; with the byte at which each begins
         self._spelling = Spelling(tokenizer, drops_space=not continues, characters=offset)
         self._sent = 0
@@ -172,12 +173,17 @@ class Answer:
 
     def _note(self, event: TokenEvent) -> None:
         """Keep a token until the text it belongs to is given out."""
-        if event.logprob is not None and (self._calls == "text" or self._tokenizer.token_bytes(event.id)):
+        if event.logprob is None:
+            return
+        self._scored = True
+        if self._calls == "text" or self._tokenizer.token_bytes(event.id):
             start = self._spelling.bytes
             self._tokens.append((start, self._spelling.add(event)))
 
     def _release(self, text: str, *, last: bool) -> tuple[TokenText, ...]:
         """The tokens whose text has begun; at the end all of them, unless a stop string cut their text away."""
+        if not self._scored:
+            return ()
         self._sent += len(text.encode())
         everything = last and not self._text.stopped
         count = sum(1 for start, _ in self._tokens if everything or start < self._sent)

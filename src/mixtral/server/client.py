@@ -15,6 +15,7 @@ import msgspec
 
 from mixtral.errors import EngineError, MixtralError
 from mixtral.server.config import ServerConfig
+from mixtral.server.deadline import Deadline
 from mixtral.server.engine import State
 from mixtral.server.errors import ApiError, ClientGone, overloaded
 from mixtral.server.metrics import Metrics, Times
@@ -68,6 +69,7 @@ class ClientRun:
         self._error: ApiError | None = None
         self._bytes = 0
         self._news = asyncio.Event()
+        self._deadline = Deadline()
 
     def __aiter__(self) -> ClientRun:
         return self
@@ -78,7 +80,7 @@ class ClientRun:
                 raise StopAsyncIteration
             self._news.clear()
             try:
-                async with asyncio.timeout(self._config.wait_note_s):
+                with self._deadline.within(self._config.wait_note_s):
                     await self._news.wait()
             except TimeoutError:
                 return None
@@ -406,9 +408,13 @@ def _size(update: Update) -> int:
     """Bytes of tokens that wait, about. What comes once per request does not count."""
     if not isinstance(update, Tokens):
         return 0
-    routing = sum(len(e.routing.experts) + len(e.routing.weights) for e in update.events if e.routing is not None)
-    candidates = sum(len(event.top) for event in update.events)
-    return len(update.events) * _EVENT_BYTES + candidates * _CANDIDATE_BYTES + routing
+    size = len(update.events) * _EVENT_BYTES
+    for event in update.events:
+        if event.top:
+            size += len(event.top) * _CANDIDATE_BYTES
+        if event.routing is not None:
+            size += len(event.routing.experts) + len(event.routing.weights)
+    return size
 
 
 def _clamp(seconds: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from mixtral.wire import Heartbeat, Started, Stats, Tokens, Update
 
@@ -17,7 +20,7 @@ __all__ = ["CONTENT_TYPE", "Metrics", "Times"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _LONG_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
-Family = CounterMetricFamily | GaugeMetricFamily
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 @dataclass(slots=True)
@@ -45,10 +48,10 @@ class Metrics:
         self._grammar_bytes = self._gauge("grammar_cache_bytes", "Memory of compiled grammars that are kept")
         self._queue = self._histogram("queue", "Time in the queue", _LONG_S)
         self._ttft = self._histogram("ttft", "Time from a request to its first token", _LONG_S)
-        self._itl = self._histogram("itl", "Time between tokens of one answer", _SHORT_S)
+        self._itl = self._tally("itl", "Time between tokens of one answer", _SHORT_S)
         self._request = self._histogram("request", "Time from a request to the end of its answer", _LONG_S)
         self._grammar = self._histogram("grammar_compile", "Time to compile a grammar", _SHORT_S)
-        self._step = self._histogram("step", "Time of one step of the engine", _SHORT_S)
+        self._step = self._tally("step", "Time of one step of the engine", _SHORT_S)
         self._lag = self._histogram("loop_lag", "How late the event loop was", _SHORT_S)
         self._engine = _EngineStats()
         self._registry.register(self._engine)
@@ -117,6 +120,30 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"mixtral_{name}_seconds", text, registry=self._registry, buckets=buckets)
+
+    def _tally(self, name: str, text: str, buckets: tuple[float, ...]) -> _Tally:
+        made = _Tally(f"mixtral_{name}_seconds", text, buckets)
+        self._registry.register(made)
+        return made
+
+
+class _Tally(Collector):
+    """A histogram of what happens for every token, so without locks: only the event loop counts in it."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self._name, self._text, self._bounds = name, text, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self._counts[bisect.bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Family]:
+        ends = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = list(zip(ends, itertools.accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
 class _EngineStats(Collector):

@@ -13,9 +13,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mixtral.server.config import ServerConfig
+from mixtral.server.deadline import Deadline
 from mixtral.server.errors import ApiError, ClientGone, as_api_error
 
-__all__ = ["DONE", "WAIT", "EventStream", "frame", "unless_gone"]
+__all__ = ["DONE", "WAIT", "EventStream", "Frames", "frame", "unless_gone"]
 
 DONE = b"data: [DONE]\n\n"
 WAIT = b": wait\n\n"
@@ -29,10 +30,31 @@ _LINE_ENDS = {chr(place).encode(): f"\\u{place:04x}".encode() for place in (0x85
 
 def frame(data: Mapping[str, Any]) -> bytes:
     """One event with ``data`` as JSON on one line."""
+    return b"data: %b\n\n" % _line(data)
+
+
+class Frames:
+    """The events of one stream: all of them have ``head`` before the choices and ``note`` after them."""
+
+    def __init__(self, head: Mapping[str, Any], note: Mapping[str, Any]) -> None:
+        self._begin = b'data: %b,"choices":[' % _line(head)[:-1]
+        self._end = b"]" + _members(note)
+
+    def event(self, choice: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> bytes:
+        """The event of one choice. It equals ``frame(head | {"choices": [choice]} | note | extra)``."""
+        return b"%b%b%b%b}\n\n" % (self._begin, _line(choice), self._end, _members(extra) if extra else b"")
+
+
+def _members(data: Mapping[str, Any]) -> bytes:
+    """As they follow other members of an object."""
+    return b"," + _line(data)[1:-1] if data else b""
+
+
+def _line(data: Mapping[str, Any]) -> bytes:
     text = msgspec.json.encode(data)
     for end, escape in _LINE_ENDS.items():
         text = text.replace(end, escape)
-    return b"data: %b\n\n" % text
+    return text
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -68,6 +90,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._frames = frames
         self._config = config
+        self._deadline = Deadline()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._stream(scope, send))
@@ -102,9 +125,14 @@ class EventStream(Response):
     async def _send(self, send: Send, data: bytes, *, more: bool) -> None:
         try:
             for start in range(0, len(data) or 1, _PART_BYTES):
-                part = data[start : start + _PART_BYTES]
-                async with asyncio.timeout(self._config.stall_timeout_s):
-                    await send({"type": "http.response.body", "body": part, "more_body": more})
+                end = start + _PART_BYTES
+                with self._deadline.within(self._config.stall_timeout_s):
+                    message = {
+                        "type": "http.response.body",
+                        "body": data[start:end],
+                        "more_body": more or end < len(data),
+                    }
+                    await send(message)
         except (TimeoutError, OSError):
             raise ClientGone from None
 

@@ -21,7 +21,7 @@ from mixtral.server.formats import Grammar, constraint
 from mixtral.server.protocol import ChatRequest, CompletionRequest, Options
 from mixtral.server.replies import ChatReply, CompletionReply, Reply, usage
 from mixtral.server.routing import Collected, Telemetry
-from mixtral.server.sse import DONE, WAIT, frame
+from mixtral.server.sse import DONE, WAIT, Frames, frame
 from mixtral.tokenizer import Tokenizer, encode_chat
 from mixtral.wire import Constraint, Done, PromptScores, PromptToken, SamplingParams, Started, Submit, Tokens
 
@@ -213,18 +213,18 @@ async def collect(door: Admission, work: Work) -> dict[str, Any]:
 async def stream(door: Admission, work: Work) -> AsyncGenerator[bytes, None]:
     """The frames of an answer, the first of them (perhaps empty) as soon as the request leaves the queue."""
     head = work.reply.head
-    note = {"usage": None} if work.include_usage else {}
+    frames = Frames(head, {"usage": None} if work.include_usage else {})
     async with door.run(work.submit) as run:
         started = await _start(run, work)
         openings = [work.reply.opening(index) for index in range(len(work.answers))]
-        yield b"".join(frame(head | {"choices": [opening]} | note) for opening in openings if opening)
+        yield b"".join(frames.event(opening) for opening in openings if opening)
         async for pieces in _pieces(run, work):
             if not pieces:
                 yield WAIT
                 continue
-            frames = [frame(head | {"choices": [choice]} | note | extra) for choice, extra in _events(work, pieces)]
-            if frames:
-                yield b"".join(frames)
+            events = [frames.event(choice, extra) for choice, extra in _events(work, pieces)]
+            if events:
+                yield b"".join(events)
     if work.include_usage:
         yield frame(head | {"choices": [], "usage": work.usage(started)})
     yield DONE

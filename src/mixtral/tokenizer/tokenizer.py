@@ -123,7 +123,7 @@ class Tokenizer:
     def is_byte(self, id: int) -> bool:
         """Whether the id is one of the 256 byte pieces ``<0xNN>``."""
         self._check(id)
-        return cast(bool, self._model.is_byte(id))
+        return id in _bytes(self.version)
 
     def is_control(self, id: int) -> bool:
         """Whether the id is a control token: it has no text and never comes out of ``encode``."""
@@ -169,6 +169,13 @@ def _load(version: Version) -> Any:
     if model.get_piece_size() != pieces:
         raise TokenizerError(f"data/{name} has {model.get_piece_size()} pieces; expected {pieces}")
     return model
+
+
+@functools.cache
+def _bytes(version: Version) -> frozenset[int]:
+    """The ids of byte pieces."""
+    model = _load(version)
+    return frozenset(id for id in range(model.get_piece_size()) if model.is_byte(id))
 
 
 @functools.cache

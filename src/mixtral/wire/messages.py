@@ -136,7 +136,7 @@ class Candidate(msgspec.Struct, frozen=True):
     logprob: float
 
 
-class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sampled token of one sequence. ``finish_reason`` is set on the last event of the sequence.
 
     ``routing`` holds the tokens that were computed to get here, so the last token of an answer is in no event.
