@@ -78,6 +78,7 @@ class Routes:
             ("POST", "/v1/completions", self.completions),
             ("POST", "/tokenize", self.tokenize),
             ("POST", "/detokenize", self.detokenize),
+            ("GET", "/tokenizer_info", self.tokenizer_info),
         ]
 
     def close(self) -> None:
@@ -123,6 +124,16 @@ class Routes:
         if name is not None:
             self._find_model(name)
         return JSONResponse({"prompt": await self._in_thread(lambda: self._engine.tokenizer.decode(ids))})
+
+    async def tokenizer_info(self) -> Response:
+        """What a program must know to use ``/tokenize`` as its tokenizer.
+
+        Control tokens have ids but no text: the tokens of a text that spells one are ordinary ones.
+        """
+        tokenizer = self._engine.tokenizer
+        facts = {"version": tokenizer.version, "vocab_size": tokenizer.vocab_size}
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        return JSONResponse(facts | ids | {"bos_token": None, "eos_token": None, "chat_template": None})
 
     def _try(self, grammar: Grammar, source: Source) -> None:
         began = time.monotonic()
