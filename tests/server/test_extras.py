@@ -217,6 +217,18 @@ def test_tokenize_and_back(send: Send, engine: FakeEngine) -> None:
         assert send("POST", "/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": text}
 
 
+def test_who_tokenizes_here_is_told_the_ids_of_control_tokens(send: Send) -> None:
+    body = send("GET", "/tokenizer_info").json()
+    assert (body["version"], body["vocab_size"]) == ("v3", 32768)
+    assert (body["bos_token_id"], body["eos_token_id"]) == (1, 2)
+    # lm-eval takes the first id of the text that it is told. A text such as "<s>" is no control token here.
+    assert {name: body[name] for name in ("bos_token", "eos_token", "chat_template")} == {
+        "bos_token": None,
+        "eos_token": None,
+        "chat_template": None,
+    }
+
+
 def test_tokenize_a_conversation(send: Send, engine: FakeEngine) -> None:
     tool = {"type": "function", "function": {"name": "get_hours", "description": "", "parameters": {}}}
     fields = {"model": "fake", "messages": MESSAGES, "tools": [tool], "return_pieces": True}

@@ -34,6 +34,7 @@ def document(engine: Engine, *, keys: bool) -> Schema:
         "/detokenize": _post(
             "the text of ids", fields.body(limits.DETOKENIZE), _object({"prompt": {"type": "string"}}), keys=keys
         ),
+        "/tokenizer_info": _get("which ids control tokens have", _tokenizer(), keys=keys),
     }
     schemes = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if keys else {}
     return {
@@ -235,6 +236,12 @@ def _routing(layers: int) -> Schema:
 def _tokenized() -> Schema:
     whole = {"type": "integer", "minimum": 0}
     return _object({"tokens": _list(whole), "count": whole, "max_model_len": whole})
+
+
+def _tokenizer() -> Schema:
+    whole = {"type": "integer", "minimum": 0}
+    counts = {"vocab_size": whole, "bos_token_id": whole, "eos_token_id": whole}
+    return _object({"version": {"type": "string"}, **counts, "bos_token": _NULL, "eos_token": _NULL})
 
 
 def _up_to(highest: int) -> str:

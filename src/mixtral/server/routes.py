@@ -73,6 +73,7 @@ class Routes:
             ("POST", COMPLETIONS, self.completions),
             ("POST", TOKENIZE, self.tokenize),
             ("POST", DETOKENIZE, self.detokenize),
+            ("GET", "/tokenizer_info", self.tokenizer_info),
         ]
 
     def close(self) -> None:
@@ -113,6 +114,16 @@ class Routes:
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
         return await self._answer(request, DETOKENIZE)
+
+    async def tokenizer_info(self) -> Response:
+        """What a program must know to use ``/tokenize`` as its tokenizer.
+
+        Control tokens have ids but no text: the tokens of a text that spells one are ordinary ones.
+        """
+        tokenizer = self._engine.tokenizer
+        facts = {"version": tokenizer.version, "vocab_size": tokenizer.vocab_size}
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        return JSONResponse(facts | ids | {"bos_token": None, "eos_token": None, "chat_template": None})
 
     def _try(self, grammar: Grammar, source: Source) -> None:
         began = time.monotonic()

@@ -1,0 +1,54 @@
+"""``mixtral serve`` as a program of its own, with the embedded model unless told otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving import until
+
+READY = re.compile(r"is ready: (https?://[\w.:\[\]]+) ")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs: its address, its process, and the file that holds what it wrote to standard error."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+    errors: Path
+
+    @property
+    def log(self) -> str:
+        """What it wrote so far."""
+        return self.errors.read_text(encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def served(*options: str, python: Sequence[str] = (), before: Sequence[str] = ("-m", "mixtral")) -> Iterator[Served]:
+    """``mixtral serve`` with these options on a free port, ready for requests; told to stop at the end.
+
+    ``python`` are options of the interpreter; ``before`` is what stands between them and the word serve.
+    """
+    command = [sys.executable, *python, *before, "serve", "--port", "0", "--drain-timeout", "1", *options]
+    with tempfile.TemporaryDirectory() as folder:
+        errors = Path(folder) / "errors"
+        with errors.open("wb") as sink, subprocess.Popen(command, stderr=sink) as process:
+            try:
+                until(lambda: bool(READY.search(errors.read_text())) or process.poll() is not None, timeout_s=180)
+                found = READY.search(errors.read_text())
+                if found is None:
+                    raise RuntimeError(f"the server did not start: {errors.read_text()}")
+                yield Served(found[1], process, errors)
+            finally:
+                process.terminate()
+                try:
+                    process.wait(timeout=20)
+                finally:
+                    process.kill()
