@@ -22,7 +22,7 @@ class Trained(NamedTuple):
 
 
 class Attached:
-    """Freezes a model, and keeps what was put into it, what stood there before, and the ``names`` of what is trained."""
+    """Freezes a model, and keeps what was put into it, what stood there before, and ``names`` of what is trained."""
 
     def __init__(self, model: Mixtral) -> None:
         self.model = model
