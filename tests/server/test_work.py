@@ -65,16 +65,16 @@ def read(wanted: Work, *events: list[TokenEvent]) -> tuple[list[list[tuple[int, 
 
 def test_a_stop_string_in_the_middle_ends_the_answer_there() -> None:
     wanted = work(stop="STOP")
-    found, run = read(wanted, tokens(0, " one two STOP three four"))
+    found, run = read(wanted, tokens(0, "one two STOP three four"))
     assert found == [[(0, " one two ", "stop")]]
     assert run.aborted == []  # the request ends as a whole
-    assert wanted.answers[0].completion_tokens < len(tokens(0, " one two STOP three four"))
+    assert wanted.answers[0].completion_tokens < len(tokens(0, "one two STOP three four"))
 
 
 def test_a_choice_that_stops_is_ended_while_the_others_go_on() -> None:
     found, run = read(
         work(stop="STOP", n=3),
-        tokens(0, " one STOP two") + tokens(1, " a b") + tokens(2, " x", end=True),
+        tokens(0, "one STOP two") + tokens(1, "a b") + tokens(2, "x", end=True),
         tokens(0, " three"),
         tokens(1, " c", end=True),
     )
