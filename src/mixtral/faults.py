@@ -5,10 +5,10 @@ The list comes with the first message to an engine process, which only tests wri
 
 ==================  ====================================================================================================
 ``step:N:ACTION``   in the N-th step of the engine, from 1: ``raise``, ``exit`` (at once, without a word) or ``hang``
-``prompt:ID:...``   the same, in the step after a prompt with the token ID came in
+``prompt:ID:...``   the same, in the first step that works on a prompt with the token ID
 ``logits:nan:ID``   the logits of sequences whose prompt holds the token ID are NaN
 ``alloc:fail:N``    the N-th allocation of a buffer fails
-``page:fail:N``     the N-th request for cache pages is refused
+``page:fail:N``     the N-th request for more cache pages is refused
 ``matcher:error``   grammar matchers are in their error state
 ``ipc:KIND``        the first tokens are followed by half a frame and the end (``short``), by bytes that are no frame
                     (``garbage``), or by the end alone (``close``)
@@ -60,7 +60,7 @@ def installed() -> list[str]:
 
 
 def act(step: int, prompts: Iterable[Sequence[int]] = ()) -> None:
-    """At the start of a step: raise, end the process or hang, if a point for this step or these new prompts says so."""
+    """In a step: raise, end the process or hang, if a point for this step or one of these new prompts says so."""
     if not _points:
         return
     given = list(prompts)

@@ -18,6 +18,7 @@ import httpx
 from steps import answer
 
 from mixtral.server import Client, Grammars, Server, ServerConfig, process, serve
+from mixtral.server.keys import KeyRing
 from mixtral.server.supervisor import EngineProcess, Spawn
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Start
@@ -85,18 +86,21 @@ def program(
     delay_s: float = 0.0,
     config: dict[str, Any] | None = None,
     files: int | None = None,
+    keys: Path | None = None,
     stderr: int | IO[str] | None = subprocess.PIPE,
 ) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server as a program: its address and its process, which is killed at the end if it still runs.
 
-    ``files`` is the most that it may have open.
+    ``files`` is the most that it may have open, ``keys`` a file of keys.
     """
 
     def limit() -> None:
         if files is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
 
-    told = json.dumps({"delay_s": delay_s, "points": points, "config": {"port": 0, **(config or {})}})
+    settings = {"port": 0, **(config or {})}
+    path = None if keys is None else str(keys)
+    told = json.dumps({"delay_s": delay_s, "points": points, "config": settings, "keys": path})
     command = [sys.executable, __file__, told]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=limit)
     try:
@@ -163,7 +167,8 @@ def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 def _main(told: dict[str, Any]) -> int:
     from mixtral import log
 
-    config = ServerConfig(**told["config"])
+    keys = None if told["keys"] is None else KeyRing.load(Path(told["keys"]))
+    config = ServerConfig(**told["config"], keys=keys)
     client = Client(spawn(told["delay_s"], *told["points"]), config)
     with log.started("text"):
         serve(client, config, on_ready=lambda address: os.write(1, f"{address}\n".encode()) and None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -217,3 +220,82 @@ def test_too_many_lines_and_bytes_are_refused(files: BatchFiles, monkeypatch: py
     monkeypatch.setattr("mixtral.server.batch.SIZE_BYTES", 100)
     with pytest.raises(ConfigError, match="expected at most 100"):
         run(files)
+
+
+class Full(OSError):
+    """The disk is."""
+
+
+class Disk:
+    """The N-th operation of a run on its files fails: ``enospc`` and ``eio`` before it did anything, ``short`` in the
+    middle, and after ``kill`` nothing works any more."""
+
+    def __init__(self, failing: int, kind: str) -> None:
+        self.failing, self.kind, self.count = failing, kind, 0
+
+    def __call__(self) -> bool:
+        """One more operation; whether it is to be done by half. Raises if it fails."""
+        self.count += 1
+        if self.count < self.failing or (self.count > self.failing and self.kind != "kill"):
+            return False
+        if self.kind == "short":
+            return True
+        raise Full(errno.EIO if self.kind == "eio" else errno.ENOSPC, "no")
+
+    def watch(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        """Writing, flushing, syncing, renaming and deleting below a folder are such operations."""
+        opened, write_text, replace, unlink, fsync = Path.open, Path.write_text, Path.replace, Path.unlink, os.fsync
+        disk = self
+
+        class Writer(io.FileIO):
+            def write(self, data: Any) -> int:
+                if disk():
+                    super().write(data[: len(data) // 2])
+                    raise Full(errno.ENOSPC, "no")
+                return super().write(data) or 0
+
+        def open_(path: Path, mode: str = "r", *args: Any, **fields: Any) -> Any:
+            return Writer(path, mode) if mode == "ab" else opened(path, mode, *args, **fields)
+
+        def partly(do: Any) -> Any:
+            def done(*args: Any, **fields: Any) -> Any:
+                if disk():
+                    raise Full(errno.EIO, "no")
+                return do(*args, **fields)
+
+            return done
+
+        for name, new in (("open", open_), ("write_text", partly(write_text))):
+            patch.setattr(Path, name, new)
+        patch.setattr(Path, "replace", partly(replace))
+        patch.setattr(Path, "unlink", partly(unlink))
+        patch.setattr(os, "fsync", partly(fsync))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["enospc", "eio", "short", "kill"])
+def test_every_operation_on_the_files_can_fail(files: BatchFiles, tmp_path: Path, kind: str) -> None:
+    """The error is told, and the next run ends with the bytes of a run that nothing happened to."""
+    files.requests.write_text("\n".join([*GOOD[:4], *BAD[:3]]), encoding="utf-8")
+    run(files)
+    whole = files.answers.read_bytes(), files.errors.read_bytes()
+    for failing in range(1, 100):
+        again = BatchFiles(files.requests, tmp_path / f"out{failing}", tmp_path / f"err{failing}")
+        disk = Disk(failing, kind)
+        with pytest.MonkeyPatch.context() as patch:
+            disk.watch(patch, tmp_path)
+            try:
+                run(again)
+            except Full:
+                pass
+            else:
+                assert disk.count < failing
+                break
+        assert disk.count >= failing
+        if again.state.exists() or not again.answers.exists():
+            assert run(again) == (4, 3)
+        assert (again.answers.read_bytes(), again.errors.read_bytes()) == whole
+    else:
+        pytest.fail("it never came to an end")
+    print(f"{failing - 1} points of a batch file: {kind}")
+    assert failing > 10

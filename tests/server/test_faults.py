@@ -268,6 +268,37 @@ def test_each_process_is_killed_in_turn_and_harms_what_it_had(pool: ThreadPoolEx
     until(lambda: not any(map(alive, found)))
 
 
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def table() -> dict[str, list[tuple[str, str]]]:
+    """Fault -> file and name of each test, as the documentation lists them."""
+    text = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
+    rows = text.split("<!-- table: faults -->")[1].split("<!-- end -->")[0].splitlines()
+    found = {}
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if len(cells) == 4 and "test_" in cells[3]:
+            file, tests = "", []
+            for place, name in re.findall(r"`([\w/]+\.py)`|\b(test_\w+)\b(?!\.py)", cells[3]):
+                file = place or file
+                if name:
+                    tests.append((file, name))
+            found[cells[0] or cells[1]] = tests
+    return found
+
+
+def test_every_fault_has_tests_and_they_exist() -> None:
+    found = table()
+    expected_rows = {f"F{number}" for number in (*range(1, 19), *range(21, 31))}
+    assert expected_rows <= set(found)
+    for fault, tests in found.items():
+        assert tests, fault
+        for file, name in tests:
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert f"\ndef {name}(" in source, (fault, file, name)
+
+
 # --- what errors say --------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from checks import check_error, events
-from serving import COMMAND, alive, children, complete, expected, program, until
+from serving import COMMAND, PATH, alive, children, complete, expected, program, until
 from steps import MARK
+from test_auth import entry, write
 
 from mixtral.server.run import _bind
 from mixtral.server.supervisor import _COMMAND
@@ -100,6 +102,43 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_end() -> None:
             time.sleep(0.5)
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=8) == 0
+
+
+@pytest.mark.slow
+def test_a_bad_key_file_and_broken_connections_under_load_change_nothing(
+    pool: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "keys.toml", entry("ann", "first-key"))
+    with program(delay_s=0.01, keys=path) as (address, process), httpx.Client(timeout=30) as client:
+        client.headers["authorization"] = "Bearer first-key"
+
+        def ask(n: int) -> httpx.Response:
+            return client.post(
+                address + PATH, json={"model": "steps", "prompt": [n], "max_tokens": 150, "stream": True}
+            )
+
+        asked = [pool.submit(ask, n) for n in range(4)]
+        time.sleep(0.3)
+        write(path, "broken")
+        place = urlsplit(address)
+        body = json.dumps({"model": "steps", "prompt": [9], "max_tokens": 4000, "stream": True}).encode()
+        head = f"POST {PATH} HTTP/1.1\r\nhost: {place.netloc}\r\nauthorization: Bearer first-key\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        for _ in range(10):
+            process.send_signal(signal.SIGHUP)
+            with socket.create_connection((place.hostname, place.port or 80)) as connection:
+                connection.sendall(head.encode() + body)
+                connection.recv(100)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        for n, future in enumerate(asked):
+            data = events(future.result())
+            assert data[-1] == "[DONE]"
+            assert "".join(event["choices"][0]["text"] for event in data[:-1]) == expected([n], 150)
+        assert client.get(address + "/v1/models").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=10)[1]
+    assert "stay as they were" in log
+    assert "first-key" not in log
 
 
 def test_signals_to_the_whole_group_do_not_end_the_engine_early(pool: ThreadPoolExecutor) -> None:

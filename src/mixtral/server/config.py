@@ -47,7 +47,7 @@ class ServerConfig:
     requests get after a stop signal. A client that reads nothing for ``stall_timeout_s`` is dropped. A stream without
     tokens for ``wait_note_s`` gets a comment line. ``buffer_bytes`` of tokens may wait for a slow reader. Of
     ``connections`` fewer are taken where the limit of open files is lower. Long bodies are read in ``text_processes``,
-    each for at most ``text_timeout_s``. An engine that is not heard of, or works on
+    4 MiB for at most ``text_timeout_s``. An engine that is not heard of, or works on
     one step, for ``engine_stall_s`` is ended and started again; after ``engine_deaths`` ends within
     ``engine_deaths_within_s`` the server gives up.
 

@@ -24,6 +24,7 @@ __all__ = ["Answer", "Ask", "FromText", "Model", "Part", "Ready", "Refused", "Te
 _log = logging.getLogger("mixtral.server")
 _START_S = 60.0
 _PART_BYTES = 2**20
+_USUAL_BYTES = 4 * 2**20  # of a body that may take the usual time; a longer one gets more
 # -P: modules are not looked for in the current folder, which may be that of a model.
 _COMMAND = (sys.executable, "-P", "-m", "mixtral.server.textchild")
 T = TypeVar("T")
@@ -148,7 +149,8 @@ class Texts:
         try:
             await asyncio.wait_for(process.know(model), _START_S)
             asked = process.exchange([*in_parts(body), frames_of([Ask(route=route, holder=holder)])])
-            found, data = await asyncio.wait_for(asked, self._config.text_timeout_s)
+            limit = self._config.text_timeout_s * max(1.0, len(body) / _USUAL_BYTES)
+            found, data = await asyncio.wait_for(asked, limit)
         except (OSError, ChannelError) as error:  # a TimeoutError is one
             process.end()
             if isinstance(error, OSError) and error.errno in EXHAUSTED:
