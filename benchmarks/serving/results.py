@@ -27,6 +27,7 @@ FIGURES: Mapping[str, str] = {
     "tokens_per_event": "tokens per event",
     "http_us": "HTTP process, us per token",
     "client_share": "client, share of a core",
+    "others_share": "others, share of all cores",
 }
 """Name of a figure -> the head of its column."""
 

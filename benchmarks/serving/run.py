@@ -12,6 +12,9 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,13 @@ from servers import Kind, Server, ServerError, llama_server, ours
 from streams import StreamError, prompts, request, wave
 
 from mixtral.bench.machine import machine
+from mixtral.bench.others import Watch
 
 
 def main() -> int:
     """Measure, print a table, write what was asked for."""
     given = _arguments()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers are ended too
     try:
         if given.merge:
             found = merge(given.merge)
@@ -118,10 +123,12 @@ def _turn(server: Server, given: argparse.Namespace, streams: int, seed: int) ->
     count = streams * given.requests
     made = prompts(count, given.prompt, vocab_size=given.vocab_size, seed=seed + streams, shared=given.shared)
     data = [request(server.host, server.body(one, given.tokens, given.temperature)) for one in made]
-    before = server.cpu()
+    before, watch = server.cpu(), Watch(server.group)
     found = asyncio.run(wave(server.address, [data[place::streams] for place in range(streams)]))
     cpu = {part: seconds - before[part] for part, seconds in server.cpu().items()}
-    return figures(found, tokens=given.tokens, prompt=given.prompt, cpu=cpu)
+    rest = watch.share()
+    others = math.nan if rest is None else rest - found.client_cpu / found.seconds / (os.cpu_count() or 1)
+    return {**figures(found, tokens=given.tokens, prompt=given.prompt, cpu=cpu), "others_share": max(0.0, others)}
 
 
 if __name__ == "__main__":

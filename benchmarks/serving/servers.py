@@ -106,6 +106,11 @@ class Server:
         """The address as the header Host has it."""
         return f"{_HOST}:{self.port}"
 
+    @property
+    def group(self) -> int:
+        """The number of the process group that it and what it started are."""
+        return self._process.pid
+
     def body(self, prompt: list[int], tokens: int, temperature: float) -> dict[str, Any]:
         """The body of a request for exactly so many tokens after the prompt."""
         body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": temperature}

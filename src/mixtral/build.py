@@ -80,6 +80,7 @@ def _config(start: Start) -> EngineConfig:
         cache_bytes=start.cache_bytes,
         max_num_seqs=start.max_num_seqs or default.max_num_seqs,
         max_num_batched_tokens=start.max_num_batched_tokens or default.max_num_batched_tokens,
+        max_tokens_beside_answers=start.max_tokens_beside_answers,
         prefix_cache=start.prefix_cache,
         # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
         speculation=start.device == "cpu" and not start.reference,

@@ -50,6 +50,29 @@ def test_prompts_are_read_in_pieces_beside_answers() -> None:
     assert ids_of(updates, "b")[-5:] == expected(second)[-5:]
 
 
+def test_a_step_that_writes_answers_reads_less_of_prompts() -> None:
+    engine = engine_of(max_num_batched_tokens=64, max_tokens_beside_answers=20, speculation=False)
+    run, plan = engine._runner.run, []
+    engine._runner.run = lambda pieces: plan.append([piece.count for piece in pieces]) or run(pieces)
+    engine.submit(submit("a", text(100)))
+    engine.step()
+    engine.step()
+    assert plan == [[64], [36]]  # nobody waits for a token yet
+    engine.submit(submit("b", text(45, 2)))
+    for _ in range(3):
+        engine.step()
+    assert plan[2:] == [[1, 19], [1, 19], [1, 7]]
+    for number in range(14):
+        engine.submit(submit(f"{number}", text(1, 3 + number), params=SamplingParams(temperature=0.0, max_tokens=40)))
+    engine.step()
+    plan.clear()
+    late = submit("late", text(25, 90))
+    engine.submit(late)
+    engine.step()
+    assert plan[0] == [1] * 16 + [10]  # half of them, however many answers are written
+    assert ids_of(finish(engine), "late") == expected(late)
+
+
 def test_finish_reasons_and_parameters() -> None:
     engine = engine_of()
     free = expected(submit("x", text(9)))
@@ -406,6 +429,7 @@ def test_a_failing_grammar_ends_its_request_only(fault: str) -> None:
         ({"cache_bytes": 511}, "a page of 64 tokens takes 512"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens is 8; expected at least 9"),
+        ({"max_tokens_beside_answers": 1}, "max_tokens_beside_answers is 1; expected at least 2"),
     ],
 )
 def test_wrong_sizes(fields: dict[str, Any], told: str) -> None:

@@ -81,6 +81,7 @@ def poison(engine: Engine, step: int) -> None:
 WAYS = {
     "in the default way": Way(),
     "in pieces of 5": Way({"max_num_batched_tokens": 5, "max_num_seqs": 5}),
+    "in pieces of 6 beside answers": Way({"max_tokens_beside_answers": 12}, beside=4, late=True),
     "in pieces of 64, on a small cache": Way({"max_num_batched_tokens": 64, "pages": 3}),
     "beside others": Way(beside=4),
     "after others": Way({"max_num_batched_tokens": 100}, beside=4, late=True),

@@ -21,11 +21,16 @@ class CheckedScheduler(Scheduler):
 
     def plan(self) -> Plan:
         work = any(not one.request.paused for one in self.waiting + self.running)
+        writing = {one.number for one in self.running if one.left == 1}
         plan = super().plan()
         assert bool(plan.pieces) == work
         assert not any(piece.sequence.request.paused for piece in plan.pieces)
         assert sum(piece.count for piece in plan.pieces) <= self.config.max_num_batched_tokens
         assert all(piece.count > 0 for piece in plan.pieces)
+        answers = sum(piece.sequence.number in writing for piece in plan.pieces)
+        most = self.config.max_tokens_beside_answers
+        if most is not None and answers:
+            assert sum(piece.count for piece in plan.pieces) <= answers + max(most - answers, most // 2)
         numbers = [piece.sequence.number for piece in plan.pieces]
         assert len(set(numbers)) == len(numbers)
         for piece in plan.pieces:
@@ -58,6 +63,7 @@ class EngineMachine(RuleBasedStateMachine):
         pages=st.sampled_from([3, 4, 4, 5, 6, 9]),
         seqs=st.integers(1, 5),
         budget=st.sampled_from([5, 16, 64, 100]),
+        max_tokens_beside_answers=st.sampled_from([None, 2, 40]),
         prefix_cache=st.booleans(),
         speculation=st.booleans(),
     )

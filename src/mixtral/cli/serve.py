@@ -93,6 +93,13 @@ PrefixOption = Annotated[
         "--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse what equal beginnings of prompts share."
     ),
 ]
+BesideOption = Annotated[
+    int,
+    typer.Option(
+        "--max-tokens-beside-answers",
+        help="Tokens of a step that also writes answers: fewer for even gaps between tokens, more for throughput.",
+    ),
+]
 RanksOption = Annotated[int, typer.Option("--tensor-parallel-size", help="Devices that share each layer; 1.")]
 ShareOption = Annotated[float | None, typer.Option("--gpu-memory-utilization", help="Refused: see --kv-cache-memory.")]
 QueueOption = Annotated[int, typer.Option("--queue-size", help="Requests that may wait.")]
@@ -120,6 +127,7 @@ def run(
     max_model_len: ContextOption = None,
     max_num_seqs: SequencesOption = 64,
     max_num_batched_tokens: StepTokensOption = 512,
+    max_tokens_beside_answers: BesideOption = 64,
     kv_cache_memory: CacheMemoryOption = None,
     enable_prefix_caching: PrefixOption = True,
     tensor_parallel_size: RanksOption = 1,

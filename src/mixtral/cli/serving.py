@@ -50,6 +50,7 @@ _START = {
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",
     "max_num_batched_tokens": "max_num_batched_tokens",
+    "max_tokens_beside_answers": "max_tokens_beside_answers",
     "enable_prefix_caching": "prefix_cache",
 }
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}

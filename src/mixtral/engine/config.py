@@ -20,9 +20,11 @@ class EngineConfig:
 
     The cache has ``pages`` pages of 64 tokens, or as many as fit ``cache_bytes``; with neither, room for four
     sequences of the full context, but at most half of the memory that is free when the engine is made. At most
-    ``max_num_seqs`` sequences run at once, and a step computes at most ``max_num_batched_tokens`` tokens. With
-    ``prefix_cache``, sequences of equal beginning and scope share what is computed; with ``speculation``, tokens that
-    the text so far suggests are computed ahead and checked. Neither changes a token.
+    ``max_num_seqs`` sequences run at once, and a step computes at most ``max_num_batched_tokens`` tokens. One that
+    also writes answers computes at most ``max_tokens_beside_answers``, or half as many of prompts if that is more: the
+    fewer, the less an answer waits for its next token; None changes nothing. With ``prefix_cache``, sequences of equal
+    beginning and scope share what is computed; with ``speculation``, tokens that the text so far suggests are computed
+    ahead and checked. Neither changes a token.
 
     Raises:
         ConfigError: a number is out of range, or both sizes of the cache are given.
@@ -32,6 +34,7 @@ class EngineConfig:
     cache_bytes: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_tokens_beside_answers: int | None = None
     prefix_cache: bool = True
     speculation: bool = True
 
@@ -43,6 +46,7 @@ class EngineConfig:
             ("cache_bytes", self.cache_bytes, 1),
             ("max_num_seqs", self.max_num_seqs, 1),
             ("max_num_batched_tokens", self.max_num_batched_tokens, self.max_num_seqs),
+            ("max_tokens_beside_answers", self.max_tokens_beside_answers, 2),
         ):
             most = None if name == "cache_bytes" else _MOST
             if value is not None and (value < least or (most is not None and value > most)):

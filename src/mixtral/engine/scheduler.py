@@ -1,9 +1,10 @@
 """What the next step computes: continuous batching as a state machine without tensors, threads or clock.
 
 Every step feeds one token of each running sequence that is writing its answer, then pieces of prompts, oldest first,
-up to a number of tokens; new sequences join as long as there is room. The older of two sequences never waits for pages
-of the younger: the youngest is preempted, gives its pages back, and is computed anew later. After three preemptions a
-sequence is pinned: it comes back only when all pages that it can ever need are reserved for it.
+up to a number of tokens (a lower one beside answers, if wanted); new sequences join as long as there is room. The
+older of two sequences never waits for pages of the younger: the youngest is preempted, gives its pages back, and is
+computed anew later. After three preemptions a sequence is pinned: it comes back only when all pages that it can ever
+need are reserved for it.
 
 Nothing waits for ever: the oldest running sequence always gets its pages, and the head of the queue is passed over at
 most eight times by younger ones that fit where it does not.
@@ -91,6 +92,9 @@ class Scheduler:
             if sequence.left == 1 and self._grow(sequence):
                 plan.pieces.append(Piece(sequence, sequence.computed, 1))
                 room -= 1
+        most = self.config.max_tokens_beside_answers
+        if plan.pieces and most is not None:
+            room = min(room, max(most - len(plan.pieces), most // 2))
         for sequence in self.running:
             if sequence.left > 1 and room:
                 plan.pieces.append(self._piece(sequence, room))

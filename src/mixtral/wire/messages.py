@@ -73,6 +73,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", forbid_unkno
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_tokens_beside_answers: int | None = None
     cache_bytes: int | None = None
     prefix_cache: bool = True
     log: Literal["text", "json"] = "text"
