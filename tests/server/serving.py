@@ -17,7 +17,7 @@ from typing import IO, Any
 import httpx
 from steps import answer
 
-from mixtral.server import Client, Server, ServerConfig, process, serve
+from mixtral.server import Client, Grammars, Server, ServerConfig, process, serve
 from mixtral.server.supervisor import EngineProcess, Spawn
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Start
@@ -40,12 +40,20 @@ def lives(*spawns: Spawn) -> Spawn:
 
 @contextlib.contextmanager
 def serving(
-    spawned: Spawn, config: ServerConfig | None = None, *, wait: bool = True, fails: bool = False
+    spawned: Spawn,
+    config: ServerConfig | None = None,
+    *,
+    wait: bool = True,
+    fails: bool = False,
+    grammars: bool = False,
 ) -> Iterator[tuple[str, Client, Server]]:
-    """A server in a thread: its address, its client, itself. Stopped at the end; ``fails`` expects that it fails."""
+    """A server in a thread: its address, its client, itself. Stopped at the end; ``fails`` expects that it fails.
+
+    With ``grammars`` it constrains answers.
+    """
     config = config or ServerConfig(port=0, drain_s=1.0)
     client = Client(spawned, config)
-    server = Server(client, config)
+    server = Server(client, config, grammar=Grammars(client) if grammars else None)
     errors: list[Exception] = []
 
     def run() -> None:

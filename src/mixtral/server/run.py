@@ -205,8 +205,8 @@ def _check_tls(config: ServerConfig) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password="")
     except (OSError, ValueError) as error:  # an SSLError is an OSError
         raise ConfigError(
-            f"the certificate {config.tls_cert} and the key {config.tls_key} cannot be used ({error}); expected PEM files "
-            "that belong together, the key without a passphrase",
+            f"the certificate {config.tls_cert} and the key {config.tls_key} cannot be used ({error}); expected PEM "
+            "files that belong together, the key without a passphrase",
             param="tls_cert",
         ) from error
 
