@@ -94,7 +94,7 @@ def refused_fields() -> Iterator[Attack]:
             "extra_body",
             "lora_path",
             "adapter",
-            "a" * 5000,
+            "a" * 60,
         ):
             body = json.dumps(NEEDED[path] | {name: "x"}).encode()
             yield Attack(path, body, codes=frozenset({"unknown_parameter"}), param=name)
@@ -189,7 +189,6 @@ def heads() -> Iterator[Attack]:
         "/openapi.json",
         "/v1/models",
         "/nope",
-        "//health",
         "/health/",
     ):
         for key in ("", "Bearer", "Bearer x", "Basic sk-town-desk", "Bearer sk-town-deskx"):
