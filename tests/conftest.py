@@ -11,6 +11,13 @@ from mixtral.model import Mixtral, initialise
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the long tests of random requests are."""
+    parser.addoption(
+        "--raw-requests", type=int, default=20_000, help="raw HTTP requests of tests/security/test_fuzz.py"
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> MixtralConfig:
     return MixtralConfig(

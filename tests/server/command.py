@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,15 +32,19 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(*options: str, python: Sequence[str] = (), before: Sequence[str] = ("-m", "mixtral")) -> Iterator[Served]:
+def served(*options: str, python: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Iterator[Served]:
     """``mixtral serve`` with these options on a free port, ready for requests; told to stop at the end.
 
-    ``python`` are options of the interpreter; ``before`` is what stands between them and the word serve.
+    ``python`` are options of the interpreter; ``environment`` is added to this process's own.
+
+    Raises:
+        RuntimeError: it ended before it was ready; the message holds what it wrote.
     """
-    command = [sys.executable, *python, *before, "serve", "--port", "0", "--drain-timeout", "1", *options]
+    command = [sys.executable, *python, "-m", "mixtral", "serve", "--port", "0", "--drain-timeout", "1", *options]
+    variables = {**os.environ, **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder) / "errors"
-        with errors.open("wb") as sink, subprocess.Popen(command, stderr=sink) as process:
+        with errors.open("wb") as sink, subprocess.Popen(command, stderr=sink, env=variables) as process:
             try:
                 until(lambda: bool(READY.search(errors.read_text())) or process.poll() is not None, timeout_s=180)
                 found = READY.search(errors.read_text())

@@ -46,15 +46,15 @@ def serving(
     *,
     wait: bool = True,
     fails: bool = False,
-    formats: bool = False,
+    grammars: bool = False,
 ) -> Iterator[tuple[str, Client, Server]]:
     """A server in a thread: its address, its client, itself. Stopped at the end; ``fails`` expects that it fails.
 
-    With ``formats`` it takes response_format, which the engine knows nothing of.
+    With ``grammars`` it constrains answers.
     """
     config = config or ServerConfig(port=0, drain_s=1.0)
     client = Client(spawned, config)
-    server = Server(client, config, grammar=Grammars(client) if formats else None)
+    server = Server(client, config, grammar=Grammars(client) if grammars else None)
     errors: list[Exception] = []
 
     def run() -> None:

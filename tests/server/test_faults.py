@@ -236,7 +236,7 @@ def test_each_process_is_killed_in_turn_and_harms_what_it_had(pool: ThreadPoolEx
     """Text and trial processes cost nobody else a byte; the engine costs what it had; all are back afterwards."""
     formats = {"type": "regex", "regex": "a+"}
     config = ServerConfig(port=0, drain_s=1.0, text_processes=1, engine_deaths=100)
-    with serving(spawn(0.01), config, formats=True) as (address, client, _):
+    with serving(spawn(0.01), config, grammars=True) as (address, client, _):
         long = json.dumps({"tokens": [700]}).encode() + b" " * 70_000
         head = {"content-type": "application/json"}
 

@@ -196,3 +196,17 @@ def test_upgrades_are_not_followed(address: str) -> None:
     lines = ("connection: upgrade, close", "upgrade: websocket", "sec-websocket-key: x", "sec-websocket-version: 13")
     status, _ = answered(address, head(address, *lines))
     assert status == 200  # an ordinary request
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("length", [0, 5, 4])
+def test_a_request_of_two_lengths_is_the_last_of_its_connection(address: str, version: str, length: int) -> None:
+    """Whoever goes by the other length takes a part of it for a request of its own."""
+    lines = ("content-type: application/json", f"content-length: {length}", "transfer-encoding: chunked")
+    start = head(address, *lines, path="/tokenize", method="POST").replace(b"HTTP/1.1", f"HTTP/{version}".encode())
+    with connected(address) as connection:
+        connection.sendall(start + b"0\r\n\r\n" + head(address))
+        found = everything(connection)
+    assert found.startswith(b"HTTP/1.1 400 ")
+    assert found.count(b"HTTP/1.1 ") == 1
+    assert b"invalid_headers" in found

@@ -101,6 +101,10 @@ class Gate:
         if sum(len(name) + len(value) + 4 for name, value in headers) > _HEAD_BYTES:
             message = f"the headers have more than {_HEAD_BYTES} bytes together"
             raise ApiError(431, "headers_too_large", message, headers={"connection": "close"})
+        if {b"content-length", b"transfer-encoding"} <= {name.lower() for name, _ in headers}:
+            # A proxy in front may go by the other one, and then a part of this request is the next one to it.
+            message = "the request has both content-length and transfer-encoding; expected one of them"
+            raise ApiError(400, "invalid_headers", message, headers={"connection": "close"})
         host = self._check_host(_values(headers, b"host"), scope.get("server"))
         for origin in _values(headers, b"origin"):
             parts = _split(origin)

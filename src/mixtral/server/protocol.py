@@ -113,6 +113,9 @@ def read_completion(body: Mapping[str, Any], *, vocab_size: int, layers: int) ->
         raise combination("echo", "echo needs a whole answer; leave stream out")
     if options.max_tokens == 0 and not echo:
         raise combination("max_tokens", "max_tokens is 0; expected at least 1, except with echo: true")
+    if options.max_tokens == 0 and options.telemetry.mode != "none":
+        message = "mixtral.routing comes with the tokens of an answer, and max_tokens is 0; expected at least 1"
+        raise combination("mixtral.routing", message)
     options.sampling["logprobs"] = logprobs
     if echo and (logprobs is not None or options.max_tokens == 0):
         options.sampling["prompt_logprobs"] = logprobs or 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import math
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +50,7 @@ class Server(uvicorn.Server):
         *,
         grammar: Grammar | None = None,
     ) -> None:
+        _check_tls(config)
         app = build(engine, config, grammar=grammar)
         super().__init__(
             uvicorn.Config(
@@ -79,6 +82,7 @@ class Server(uvicorn.Server):
         self._drain_s = config.drain_s
         self._keys = config.keys
         self._scheme = "https" if config.tls_cert else "http"
+        self._handshake_s = config.header_timeout_s if config.tls_cert else None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until told to stop.
@@ -93,8 +97,11 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and begin to follow the engine."""
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
+        # uvicorn leaves it at asyncio's minute: that long anybody could hold a connection that no other limit sees.
+        listen = functools.partial(self._loop.create_server, ssl_handshake_timeout=self._handshake_s)
+        self._loop.create_server = listen  # type: ignore[method-assign]
+        await super().startup(sockets)
         self._loop.set_exception_handler(self._note)
         self._follower = asyncio.create_task(self._follow())
 
@@ -182,10 +189,26 @@ def serve(
     """Serve until SIGTERM or SIGINT; the second signal does not wait for running requests.
 
     Raises:
-        ConfigError: the address is in use or cannot be bound, or the engine cannot be started as it was told.
+        ConfigError: the address is in use or cannot be bound, certificate and key cannot be used, or the engine cannot
+            be started as it was told.
         EngineError: the engine ended too often.
     """
     Server(engine, config, on_ready, grammar=grammar).run()
+
+
+def _check_tls(config: ServerConfig) -> None:
+    """Raise ConfigError for a certificate and a key that cannot be used, before anything is started."""
+    if config.tls_cert is None:
+        return
+    try:
+        # Without a password OpenSSL would ask for one at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key, password="")
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        raise ConfigError(
+            f"the certificate {config.tls_cert} and the key {config.tls_key} cannot be used ({error}); expected PEM "
+            "files that belong together, the key without a passphrase",
+            param="tls_cert",
+        ) from error
 
 
 def _bind(host: str, port: int) -> socket.socket:
