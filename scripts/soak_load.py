@@ -214,10 +214,10 @@ class Load:
         draw = random.Random(0)
         for kind in self._kinds:
             self._do(kind, draw)
-        for _ in range(3):
+        for _ in range(2):
             together = [
                 threading.Thread(target=self._do, args=(kind, random.Random(place)))
-                for place, kind in enumerate(["constrained", "tools", "long", "completion"] * 6)
+                for place, kind in enumerate(["constrained", "tools", "long", "completion"] * 5)
             ]
             for thread in together:
                 thread.start()
