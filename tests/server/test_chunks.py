@@ -57,6 +57,8 @@ class Recorder:
     def __init__(self) -> None:
         self.engine = ThreadEngine(FakeEngine(), ServerConfig())
         self.grammar = Grammar(self.engine.tokenizer)
+        self.logprobs = True
+        self._runner = asyncio.Runner()
 
     def events(self, seed: int) -> list[TokenEvent]:
         """The tokens of an answer: text, or calls."""
@@ -65,23 +67,24 @@ class Recorder:
             ids = [CALLS, *tokenizer.encode(CALL_TEXTS[seed], eos=True)]
         elif seed % 5 < 3:
             source = calls_constraint(random_tools(seed))
-            found = answer(self.grammar, Constraint(calls=source.text, trigger=CALLS, forced=True), seed, most=120)
+            found = answer(self.grammar, Constraint(calls=source.text, trigger=CALLS, forced=True), seed, most=60)
             ids = found or [CALLS, *tokenizer.encode(CALL_TEXTS[seed % len(CALL_TEXTS)], eos=True)]
         else:
             text = TEXTS[seed // 5] if seed < 5 * len(TEXTS) else document_text(seed)
-            ids = [*tokenizer.encode(text)[:100], tokenizer.eos_id]
-        last = len(ids) - 1
+            ids = [*tokenizer.encode(text)[:50], tokenizer.eos_id]
+        last, listed = len(ids) - 1, -0.5 if self.logprobs else None
         return [
-            TokenEvent(sequence=0, id=id, logprob=-0.5, finish_reason="stop" if place == last else None)
+            TokenEvent(sequence=0, id=id, logprob=listed, finish_reason="stop" if place == last else None)
             for place, id in enumerate(ids)
         ]
 
     def whole(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
         """The message of a whole answer, with the reason of its end and the listed tokens."""
-        body = asyncio.run(work.collect(self._door([events]), self._work(stream=False)))
+        body = self._runner.run(work.collect(self._door([events]), self._work(stream=False)))
         (choice,) = body["choices"]
         message = {**choice["message"], "content": choice["message"]["content"] or ""}
-        return {"message": message, "finish_reason": choice["finish_reason"], "tokens": choice["logprobs"]["content"]}
+        tokens = (choice["logprobs"] or {"content": []})["content"]
+        return {"message": message, "finish_reason": choice["finish_reason"], "tokens": tokens}
 
     def stream(self, groups: Sequence[Sequence[TokenEvent]]) -> bytes:
         """The bytes of a stream for which tokens came in these groups."""
@@ -89,14 +92,19 @@ class Recorder:
         async def run() -> bytes:
             return b"".join([data async for data in work.stream(self._door(groups), self._work(stream=True))])
 
-        return asyncio.run(run())
+        return self._runner.run(run())
+
+    def close(self) -> None:
+        """End the event loop."""
+        self._runner.close()
 
     def _door(self, groups: Sequence[Sequence[TokenEvent]]) -> Any:
         tokens = [Tokens(request="a", events=list(group)) for group in groups]
         return Door(self.engine.tokenizer, [Started(request="a", cached=(0,)), *tokens, Done(request="a")])
 
     def _work(self, *, stream: bool) -> work.Work:
-        body = {"model": "fake", "messages": MESSAGES, "tools": TOOLS, "seed": 1, "logprobs": True, "stream": stream}
+        body = {"model": "fake", "messages": MESSAGES, "tools": TOOLS, "seed": 1, "stream": stream}
+        body["logprobs"] = self.logprobs
         wanted = read_chat(body, vocab_size=self.engine.vocab_size, layers=self.engine.layers)
         return work.prepare_chat(self.engine, wanted, None, "")
 
@@ -166,18 +174,20 @@ def check_streams(seeds: range) -> tuple[int, int, int]:
     """How many groupings and cuts were looked at, and how many calls there were."""
     recorder = Recorder()
     grouped = cuts = calls = 0
-    for seed in seeds:
-        draw, events = random.Random(seed), recorder.events(seed)
-        whole = recorder.whole(events)
-        calls += len(whole["message"].get("tool_calls", []))
-        for groups in groupings(events, draw):
-            stream = recorder.stream(groups)
-            data = data_of(iter([stream]))
-            found = message_of(data)
-            assert found == whole, f"{seed}: {[len(group) for group in groups]}"
-            grouped += 1
-            if len(groups) == len(events):
-                cuts += check_cuts(stream, data, draw)
+    with contextlib.closing(recorder):
+        for seed in seeds:
+            recorder.logprobs = seed % 4 == 0
+            draw, events = random.Random(seed), recorder.events(seed)
+            whole = recorder.whole(events)
+            calls += len(whole["message"].get("tool_calls", []))
+            for groups in groupings(events, draw):
+                stream = recorder.stream(groups)
+                data = data_of(iter([stream]))
+                found = message_of(data)
+                assert found == whole, f"{seed}: {[len(group) for group in groups]}"
+                grouped += 1
+                if len(groups) == len(events):
+                    cuts += check_cuts(stream, data, draw)
     return grouped, cuts, calls
 
 
