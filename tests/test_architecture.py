@@ -46,7 +46,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "train": ({"model", "ops", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
     "results": ({"tokenizer", "wire"}, set()),
-    "forms": ({"grammar", "tokenizer", "wire"}, set()),
+    "forms": ({"grammar", "tokenizer", "wire"}, {"numpy"}),
     "api": ({"forms", "results", "compiled", "model", "ops", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
     # The peers are imported in interpreters of theirs, by a script that imports nothing of mixtral.
     "bench": (

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sampling import validate
@@ -18,9 +19,10 @@ import mixtral
 from mixtral.config import MixtralConfig
 from mixtral.errors import GrammarError, MatcherError, MessagesError, MixtralError, RequestError, TokenizerError
 from mixtral.forms import Forms
+from mixtral.grammar import Grammar
 from mixtral.model.mixtral import Mixtral
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import SamplingParams
+from mixtral.wire import Constraint, SamplingParams
 
 CONFIG = MixtralConfig(
     vocab_size=32768,
@@ -228,6 +230,23 @@ def test_trials_end_with_their_owner() -> None:
     del forms
     gc.collect()
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_plain_turn_needs_no_grammar() -> None:
+    forms, grammar = Forms(Tokenizer.from_version("v3")), Grammar(Tokenizer.from_version("v3"))
+    constraint = Constraint(trigger=CALLS)
+    light, full = forms.matcher(constraint), grammar.matcher(constraint)
+    assert "_grammar" not in vars(forms)
+    masks = np.zeros((2, 1024), dtype=np.uint32)
+    for id in (100, 200):
+        for matcher, mask in zip((light, full), masks, strict=True):
+            matcher.mask(mask)
+            matcher.advance(id)
+        assert np.array_equal(*masks)
+    assert not light.finished
+    for matcher in (light, full):
+        with pytest.raises(MatcherError):
+            matcher.advance(CALLS)
 
 
 @pytest.fixture(scope="module")

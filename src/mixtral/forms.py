@@ -7,7 +7,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixtral.errors import RequestError
+import numpy as np
+from numpy.typing import NDArray
+
+from mixtral.errors import MatcherError, RequestError
 from mixtral.grammar import Grammar, Guard, Matcher, Source, calls_constraint, text_constraint
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Constraint, SamplingParams
@@ -33,8 +36,10 @@ class Forms:
         """End the child process. A later call starts it anew."""
         self._guard.close()
 
-    def matcher(self, constraint: Constraint) -> Matcher:
+    def matcher(self, constraint: Constraint) -> Matcher | _WithoutCalls:
         """See ``mixtral.grammar.Grammar.matcher``: what an engine asks for."""
+        if constraint.text is None and constraint.calls is None and constraint.trigger is not None:
+            return _WithoutCalls(self._tokenizer.vocab_size, constraint.trigger)
         return self._grammar.matcher(constraint)
 
     def of_text(self, response_format: object, params: SamplingParams, stop: Sequence[str]) -> Constraint | None:
@@ -99,6 +104,26 @@ class Forms:
             _check_ends("response_format", params)
             self._guard.check(source)
         return source
+
+
+class _WithoutCalls:
+    """The matcher of an answer that may be anything but calls: needs no grammar, which takes a while to be made."""
+
+    finished = False  # only its end token ends it
+
+    def __init__(self, vocab_size: int, trigger: int) -> None:
+        flags = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+        flags[:vocab_size] = 1
+        flags[trigger] = 0
+        self._words = np.packbits(flags, bitorder="little").view(np.uint32)
+        self._trigger = trigger
+
+    def mask(self, out: NDArray[np.uint32]) -> None:
+        out[:] = self._words
+
+    def advance(self, id: int) -> None:
+        if id == self._trigger:
+            raise MatcherError(f"token {id} is not allowed here")
 
 
 def read_stop(stop: Sequence[str] | None) -> tuple[str, ...]:
