@@ -15,7 +15,7 @@ FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve chat test test-slow test-long test-all test-peers test-levels test-amx sanitize lint format bench map
+.PHONY: help install dev serve chat test test-slow test-long soak test-all test-peers test-levels test-amx sanitize lint format bench map
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -55,6 +55,9 @@ test-slow: $(VENV)/.dev  ## only the tests marked slow
 
 test-long: $(VENV)/.dev  ## only the tests marked long: random requests for minutes, measured time; on a quiet machine
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+soak: $(VENV)/.dev  ## a real server under mixed load for 20 minutes, its engine killed now and then; ARGS='--minutes 60'
+	$(BIN)/python scripts/soak.py $(ARGS)
 
 test-all: $(VENV)/.dev  ## the default and the slow tests
 	$(BIN)/python -m pytest -n 2 -m "not peers and not long" $(ARGS)

@@ -16,7 +16,10 @@ PACKAGE = ROOT / "src" / "mixtral"
 filemap = runpy.run_path(str(ROOT / "scripts" / "filemap.py"))
 
 TORCH_FREE = ("errors.py", "config.py", "desk", "plan", "wire", "tokenizer", "grammar", "server", "evaluate", "cli")
-TORCH_FREE_FILES = ("__init__.py", "engine/config.py", "engine/request.py", "engine/pages.py", "engine/scheduler.py")
+TORCH_FREE_FILES = (
+    "__init__.py",
+    *(f"engine/{name}.py" for name in ("config", "request", "pages", "scheduler", "heap")),
+)
 HEAVY = ("torch", "numpy", "fastapi", "mistral_common", "safetensors")
 
 

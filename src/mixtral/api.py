@@ -17,12 +17,13 @@ from mixtral.engine.config import EngineConfig
 from mixtral.engine.engine import Engine
 from mixtral.engine.generator import Generator as TokenGenerator
 from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
+from mixtral.forms import Forms, read_stop
 from mixtral.model.mixtral import Mixtral
 from mixtral.ops.cores import usable_cores
-from mixtral.results import ChatCompletion, ChatDelta, Completion, Delta, TokenLogprob, Usage
+from mixtral.results import ChatCompletion, ChatDelta, Completion, Delta, TokenLogprob, Usage, completion_of, delta_of
 from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, check_pieces, encode_chat, parse_calls
 from mixtral.weights import dtype_of, find_gguf, is_compact, load_compact, load_model, pieces_of, save_model
-from mixtral.wire import SamplingParams, TokenEvent
+from mixtral.wire import Constraint, SamplingParams, TokenEvent
 
 __all__ = [
     "LLM",
@@ -53,7 +54,8 @@ class LLM:
     def __init__(
         self, model: Mixtral, tokenizer: Tokenizer | None, *, name: str, engine: EngineConfig | None = None
     ) -> None:
-        self.generator = TokenGenerator(Engine(model, engine))
+        self._forms = None if tokenizer is None else Forms(tokenizer)
+        self.generator = TokenGenerator(Engine(model, engine, self._forms))
         self.name = name
         self._tokenizer = tokenizer
 
@@ -94,7 +96,13 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: Prompt, *, stop: Sequence[str] | None = None, stream: Literal[False] = False, **params: Any
+        self,
+        prompt: Prompt,
+        *,
+        stop: Sequence[str] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        stream: Literal[False] = False,
+        **params: Any,
     ) -> Completion: ...
     @overload
     def generate(
@@ -102,6 +110,7 @@ class LLM:
         prompt: Sequence[str] | Sequence[Sequence[int]],
         *,
         stop: Sequence[str] | None = None,
+        response_format: Mapping[str, Any] | None = None,
         stream: Literal[False] = False,
         **params: Any,
     ) -> list[Completion]: ...
@@ -111,30 +120,44 @@ class LLM:
         prompt: Prompt | Sequence[str] | Sequence[Sequence[int]],
         *,
         stop: Sequence[str] | None = None,
+        response_format: Mapping[str, Any] | None = None,
         stream: Literal[True],
         **params: Any,
     ) -> Iterator[Delta]: ...
-    def generate(self, prompt: Any, *, stop: Sequence[str] | None = None, stream: bool = False, **params: Any) -> Any:
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        stop: Sequence[str] | None = None,
+        response_format: Mapping[str, Any] | None = None,
+        stream: bool = False,
+        **params: Any,
+    ) -> Any:
         """Continue text (BOS is put before it) or token ids (taken as they are), or a list of either as one batch.
 
         ``params`` are the fields of ``SamplingParams``; ``max_tokens`` is 512 or what the context leaves. A stop string
         ends the answer and is not part of its text. ``stream=True`` gives an iterator of ``Delta``; closing it stops.
+        ``response_format`` is that of the server (``docs/constrained.md``): an answer that ends with "stop" has it.
 
         Raises:
-            RequestError: an option is unknown or out of range, or a prompt is empty.
+            RequestError: an option is unknown, out of range or contradicts another, or a prompt is empty.
+            GrammarError: the schema, regex or grammar in ``response_format`` cannot be used.
             TokenizerError: an id is outside the vocabulary, or text is given and the model has no tokenizer.
             CapacityError: prompt and ``max_tokens`` do not fit the context.
         """
         single = _is_single(prompt)
         prompts = [self._ids(each) for each in ([prompt] if single else prompt)]
-        chosen = self._params(prompts, params)
-        deltas = self._deltas(prompts, chosen, _stops(stop))
+        chosen, stops = self._params(prompts, params), read_stop(stop)
+        constraint = None
+        if response_format is not None:
+            constraint = self._known_forms().of_text(response_format, chosen, stops)
+        deltas = self._deltas(prompts, chosen, stops, constraint)
         if stream:
             return deltas
         gathered: list[list[Delta]] = [[] for _ in prompts]
         for delta in deltas:
             gathered[delta.sequence].append(delta)
-        done = [_completion(prompts[i], found, chosen) for i, found in enumerate(gathered)]
+        done = [completion_of(prompts[i], found, chosen) for i, found in enumerate(gathered)]
         return done[0] if single else done
 
     @overload
@@ -143,6 +166,9 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
         stop: Sequence[str] | None = None,
         stream: Literal[False] = False,
         **params: Any,
@@ -153,6 +179,9 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
         stop: Sequence[str] | None = None,
         stream: Literal[True],
         **params: Any,
@@ -162,22 +191,38 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        response_format: Mapping[str, Any] | None = None,
         stop: Sequence[str] | None = None,
         stream: bool = False,
         **params: Any,
     ) -> Any:
         """Answer a conversation in the OpenAI format; see ``generate`` for ``stop``, ``stream`` and ``params``.
 
+        ``tool_choice``, ``parallel_tool_calls`` and ``response_format`` are those of the server (``docs/serving.md``):
+        calls are of the ``tools`` and valid by their schemas, and without tools there are none.
+
         Raises:
             MessagesError: the messages or tools break a rule, or the model wrote calls that cannot be read.
-            RequestError, TokenizerError, CapacityError: as ``generate``.
+            RequestError, GrammarError, TokenizerError, CapacityError: as ``generate``.
         """
         ids = encode_chat(self.tokenizer, messages, tools, max_tokens=self.context).ids
-        chosen = self._params([ids], params)
+        chosen, stops = self._params([ids], params), read_stop(stop)
         continues = messages[-1]["role"] == "assistant"
-        text = TextStream(self.tokenizer, stop=_stops(stop), continues=continues)
+        constraint = self._known_forms().of_turn(
+            chosen,
+            stops,
+            response_format=response_format,
+            tools=tools or (),
+            tool_choice=tool_choice,
+            parallel=parallel_tool_calls,
+            continues=continues,
+        )
+        text = TextStream(self.tokenizer, stop=stops, continues=continues)
         dropped: set[int] = set()
-        deltas = self._read_chat(self.generator.stream([ids], chosen, dropped), text, dropped, len(ids))
+        events = self.generator.stream([ids], chosen, dropped, constraint=constraint)
+        deltas = self._read_chat(events, text, dropped, len(ids))
         if stream:
             return deltas
         found = list(deltas)
@@ -246,8 +291,14 @@ class LLM:
             fields["seed"] = secrets.randbits(63)
         return SamplingParams(**fields)
 
+    def _known_forms(self) -> Forms:
+        if self._forms is None:
+            self.tokenizer  # noqa: B018 - says that there is none
+            raise RuntimeError("a tokenizer came after the engine")
+        return self._forms
+
     def _deltas(
-        self, prompts: list[list[int]], params: SamplingParams, stop: Sequence[str]
+        self, prompts: list[list[int]], params: SamplingParams, stop: Sequence[str], constraint: Constraint | None
     ) -> Generator[Delta, None, None]:
         # Without a tokenizer there is no text, and asking for stop strings is asking for the tokenizer.
         texts = [
@@ -255,14 +306,14 @@ class LLM:
             for _ in prompts
         ]
         dropped: set[int] = set()
-        return self._read(self.generator.stream(prompts, params, dropped), texts, dropped)
+        return self._read(self.generator.stream(prompts, params, dropped, constraint=constraint), texts, dropped)
 
     def _read(
         self, events: Generator[TokenEvent, None, None], texts: Sequence[TextStream | None], dropped: set[int]
     ) -> Generator[Delta, None, None]:
         try:
             for event in events:
-                delta = _delta(event, texts[event.sequence])
+                delta = delta_of(event, texts[event.sequence])
                 if delta.finish_reason is not None:
                     dropped.add(event.sequence)
                 yield delta
@@ -284,7 +335,7 @@ class LLM:
                     if finish is not None and not text.stopped:
                         found = _calls(self.tokenizer, calls, cut=finish == "length")
                 else:
-                    delta = _delta(event, text)
+                    delta = delta_of(event, text)
                     content, finish, found = delta.text, delta.finish_reason, []
                 if text.stopped:
                     finish = "stop"
@@ -429,39 +480,8 @@ def _wrong_prompt(prompt: object) -> RequestError:
     return RequestError(f"a prompt is of type {kind}; expected text, token ids, or a list of either", param="prompt")
 
 
-def _stops(stop: Sequence[str] | None) -> tuple[str, ...]:
-    if stop is not None and not isinstance(stop, Sequence):
-        raise RequestError(f"stop is {stop!r}; expected text or a list of texts", param="stop")
-    found = (stop,) if isinstance(stop, str) else tuple(stop or ())
-    for place, text in enumerate(found):
-        if not isinstance(text, str):
-            raise RequestError(f"stop[{place}] is {text!r}; expected text", param=f"stop[{place}]")
-    return found
-
-
-def _delta(event: TokenEvent, text: TextStream | None) -> Delta:
-    """Token event -> text that is now certain; a stop string ends the answer."""
-    added, finish = "", event.finish_reason
-    if text is not None:
-        added = text.push(event.id)
-        if finish is not None:
-            added += text.finish()
-        finish = "stop" if text.stopped else finish
-    listed = None if event.logprob is None else [TokenLogprob(event.id, event.logprob, event.top)]
-    return Delta(added, [event.id], finish, listed, event.sequence)
-
-
 def _calls(tokenizer: Tokenizer, ids: Sequence[int], *, cut: bool) -> list[ToolCall]:
     """The calls in the ids from ``[TOOL_CALLS]`` on; an answer that was cut short has none."""
     if not cut:
         return parse_calls(tokenizer, ids, salt=secrets.token_hex(8))[1]
     return []
-
-
-def _completion(prompt: Sequence[int], deltas: Sequence[Delta], params: SamplingParams) -> Completion:
-    finish = deltas[-1].finish_reason
-    if finish is None or params.seed is None:
-        raise RuntimeError("the answer has no end")
-    logprobs = None if params.logprobs is None else [one for delta in deltas for one in delta.logprobs or ()]
-    ids = [id for delta in deltas for id in delta.ids]
-    return Completion("".join(delta.text for delta in deltas), ids, finish, len(prompt), params.seed, logprobs)

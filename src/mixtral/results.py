@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mixtral.tokenizer import ToolCall
-from mixtral.wire import Candidate
+from mixtral.tokenizer import TextStream, ToolCall
+from mixtral.wire import Candidate, SamplingParams, TokenEvent
 
-__all__ = ["ChatCompletion", "ChatDelta", "Completion", "Delta", "TokenLogprob", "Usage"]
+__all__ = ["ChatCompletion", "ChatDelta", "Completion", "Delta", "TokenLogprob", "Usage", "completion_of", "delta_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +74,25 @@ class ChatCompletion:
     tool_calls: list[ToolCall]
     finish_reason: Literal["stop", "length", "tool_calls"]
     usage: Usage
+
+
+def delta_of(event: TokenEvent, text: TextStream | None) -> Delta:
+    """Token event -> text that is now certain; a stop string ends the answer."""
+    added, finish = "", event.finish_reason
+    if text is not None:
+        added = text.push(event.id)
+        if finish is not None:
+            added += text.finish()
+        finish = "stop" if text.stopped else finish
+    listed = None if event.logprob is None else [TokenLogprob(event.id, event.logprob, event.top)]
+    return Delta(added, [event.id], finish, listed, event.sequence)
+
+
+def completion_of(prompt: Sequence[int], deltas: Sequence[Delta], params: SamplingParams) -> Completion:
+    """All deltas of one answer, as a whole. Raises RuntimeError if the last one does not end it."""
+    finish = deltas[-1].finish_reason
+    if finish is None or params.seed is None:
+        raise RuntimeError("the answer has no end")
+    logprobs = None if params.logprobs is None else [one for delta in deltas for one in delta.logprobs or ()]
+    ids = [id for delta in deltas for id in delta.ids]
+    return Completion("".join(delta.text for delta in deltas), ids, finish, len(prompt), params.seed, logprobs)

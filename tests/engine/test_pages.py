@@ -176,6 +176,7 @@ class PagesMachine(RuleBasedStateMachine):
     """Sequences come, grow and go. ``content`` is what each place of each page holds: all tokens up to there."""
 
     allocator: ClassVar[type[PageAllocator]] = PageAllocator
+    steps: ClassVar[int] = 0
     hash: ClassVar[Any] = staticmethod(digest)
 
     @initialize(total=st.integers(1, 12), publish=st.sampled_from([True, True, False]))
@@ -262,6 +263,7 @@ class PagesMachine(RuleBasedStateMachine):
 
     @invariant()
     def whole(self) -> None:
+        PagesMachine.steps += 1
         pages = self.pages
         pages.check_integrity()
         assert pages.used + pages.available == pages.total
@@ -312,8 +314,11 @@ def test_random_use(machine: type[PagesMachine]) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("machine", [PagesMachine, ConstantHash])
 def test_random_use_at_length(machine: type[PagesMachine]) -> None:
-    """40,000 steps."""
-    run_state_machine_as_test(machine, settings=settings_of(400, 100))
+    """At least 100,000 steps each."""
+    PagesMachine.steps = 0
+    run_state_machine_as_test(machine, settings=settings_of(1500, 100))
+    print(f"{PagesMachine.steps} steps")
+    assert PagesMachine.steps >= 100_000
 
 
 class KeysAreTrusted(PageAllocator):

@@ -45,9 +45,9 @@ def test_a_json_object(v3: Grammar) -> None:
 
 def test_white_space_has_bounds(v3: Grammar) -> None:
     source = grammar_of("json_schema", {"name": "x", "schema": {"type": "array"}})
-    for good in ("[        1]", "[\r\n\t1]", "[\n" + " " * 64 + "1]"):
+    for good in ("[        1]", "[\n\t1]", "[\n" + " " * 64 + "1]"):
         assert accepts(v3, source, good), good
-    for bad in ("[         1]", "[\t1]", "[\n\n1]", "[\n" + " " * 65 + "1]", "\n[1]"):
+    for bad in ("[         1]", "[\t1]", "[\r\n1]", "[\n\n1]", "[\n" + " " * 65 + "1]", "\n[1]"):
         assert not accepts(v3, source, bad), bad
 
 

@@ -17,7 +17,8 @@ import mixtral
 from mixtral.engine.engine import Engine
 from mixtral.engine.loop import EngineThread
 from mixtral.errors import MixtralError
-from mixtral.server import Client, build
+from mixtral.grammar import Grammar
+from mixtral.server import Client, Grammars, build
 from mixtral.server.config import ServerConfig
 from mixtral.server.engine import State
 from mixtral.server.errors import ApiError, overloaded
@@ -178,8 +179,11 @@ class ThreadEngine:
 
 
 @contextlib.contextmanager
-def serving_model(llm: mixtral.LLM) -> Iterator[TestClient]:
-    """Calls to a server over a model that was loaded in this process, with the real loop and client between them."""
+def serving_model(llm: mixtral.LLM, *, constrained: bool = False) -> Iterator[TestClient]:
+    """Calls to a server over a model that was loaded in this process, with the real loop and client between them.
+
+    ``constrained``: it has grammars, as ``mixtral serve`` has.
+    """
     hello = Hello(
         name=llm.name,
         context=llm.context,
@@ -191,8 +195,12 @@ def serving_model(llm: mixtral.LLM) -> Iterator[TestClient]:
         cache_tokens=llm.generator.engine.cache_tokens,
         fingerprint="fp_test",
     )
-    client = Client(lambda: EngineThread(lambda: (Engine(llm.generator.model), hello)), ServerConfig())
-    with TestClient(build(client), base_url="http://127.0.0.1:8000") as calls:
+    compiler = Grammar(llm.tokenizer) if constrained else None
+    client = Client(
+        lambda: EngineThread(lambda: (Engine(llm.generator.model, grammar=compiler), hello)), ServerConfig()
+    )
+    app = build(client, grammar=Grammars(client) if constrained else None)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as calls:
         while calls.get("/ready").status_code != 200:
             time.sleep(0.01)
         yield calls

@@ -11,17 +11,20 @@ from mixtral.cli.generate import (
     DecodeOption,
     DeviceOption,
     DtypeOption,
+    JsonSchemaOption,
     KvCacheOption,
     MaxTokensOption,
     MinPOption,
     ModelOption,
     PackedCacheOption,
     ReferenceOption,
+    RegexOption,
     SeedOption,
     ThreadsOption,
     TopKOption,
     TopPOption,
     check_sampling,
+    read_form,
 )
 from mixtral.errors import MixtralError
 
@@ -45,6 +48,8 @@ def run(
     top_p: TopPOption = 1.0,
     min_p: MinPOption = 0.0,
     seed: SeedOption = None,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     decode: DecodeOption = False,
@@ -59,6 +64,7 @@ def run(
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"seed": seed, "max_tokens": max_tokens}
     check_sampling(options)
+    options["response_format"] = read_form(json_schema, regex)
     llm = load(
         model,
         device=device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +20,20 @@ __all__ = [
     "DecodeOption",
     "DeviceOption",
     "DtypeOption",
+    "JsonSchemaOption",
     "KvCacheOption",
     "MaxTokensOption",
     "MinPOption",
     "ModelOption",
     "PackedCacheOption",
     "ReferenceOption",
+    "RegexOption",
     "SeedOption",
     "ThreadsOption",
     "TopKOption",
     "TopPOption",
     "check_sampling",
+    "read_form",
     "read_prompt",
     "run",
 ]
@@ -60,6 +64,10 @@ MaxTokensOption = Annotated[
 TopKOption = Annotated[int, typer.Option("--top-k", help="Choose among this many tokens; 0 is all.")]
 TopPOption = Annotated[float, typer.Option("--top-p", help="Choose among the likeliest with this share; 1 is all.")]
 MinPOption = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest.")]
+JsonSchemaOption = Annotated[
+    Path | None, typer.Option("--json-schema", help="File with a JSON schema; the answer is JSON that is valid by it.")
+]
+RegexOption = Annotated[str | None, typer.Option(help="The answer matches this expression as a whole.")]
 SeedOption = Annotated[int | None, typer.Option(help="Same seed, same text; default: drawn.")]
 
 
@@ -77,6 +85,8 @@ def run(
     frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", help="0 is off.")] = 0.0,
     seed: SeedOption = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")] = None,
+    json_schema: JsonSchemaOption = None,
+    regex: RegexOption = None,
     logprobs: Annotated[int | None, typer.Option(help="Report log-probabilities and this many alternatives.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
     stream: Annotated[
@@ -107,17 +117,9 @@ def run(
         "max_tokens": max_tokens,
     }
     check_sampling(options)
-    options["stop"] = tuple(stop or ())
-    llm = load(
-        model,
-        device=device,
-        dtype=dtype,
-        decode=decode,
-        reference=reference,
-        kv_dtype=kv_cache_dtype,
-        packed_cache=packed_cache,
-        threads=threads,
-    )
+    options |= {"stop": tuple(stop or ()), "response_format": read_form(json_schema, regex)}
+    held: dict[str, Any] = {"decode": decode, "reference": reference, "kv_dtype": kv_cache_dtype}
+    llm = load(model, device=device, dtype=dtype, packed_cache=packed_cache, threads=threads, **held)
     if stream if stream is not None else sys.stdout.isatty() and not as_json:
         _stream(llm, given, options, as_json=as_json)
     else:
@@ -129,6 +131,27 @@ def check_sampling(options: Mapping[str, Any]) -> None:
     from mixtral.wire import SamplingParams
 
     SamplingParams(**{name: value for name, value in options.items() if value is not None})
+
+
+def read_form(json_schema: Path | None, regex: str | None) -> dict[str, Any] | None:
+    """The ``response_format`` of the options for the form of an answer; at most one of them.
+
+    Raises:
+        RequestError: both are given, or the file cannot be read or is no JSON.
+    """
+    if json_schema is not None and regex is not None:
+        raise RequestError("--json-schema and --regex are both given; expected one of them", param="regex")
+    if regex is not None:
+        return {"type": "regex", "regex": regex}
+    if json_schema is None:
+        return None
+    try:
+        schema = json.loads(json_schema.read_bytes())
+    except OSError as error:
+        raise RequestError(f"--json-schema: {json_schema}: {error.strerror}", param="json_schema") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"--json-schema: {json_schema} is no JSON ({error})", param="json_schema") from None
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
 
 
 def read_prompt(prompt: str | None, ids: str | None) -> str | list[int]:

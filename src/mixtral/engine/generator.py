@@ -18,7 +18,7 @@ from mixtral.config import MixtralConfig
 from mixtral.engine.engine import Engine
 from mixtral.errors import MixtralError, NumericalError, RequestError
 from mixtral.model.mixtral import Mixtral
-from mixtral.wire import Done, Failed, SamplingParams, Submit, TokenEvent, Tokens, Update
+from mixtral.wire import Constraint, Done, Failed, SamplingParams, Submit, TokenEvent, Tokens, Update
 
 __all__ = ["Generator"]
 
@@ -51,29 +51,34 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         dropped: Collection[int] = (),
+        *,
+        constraint: Constraint | None = None,
     ) -> abc.Generator[TokenEvent, None, None]:
         """One event per sampled token; ``sequence`` is the prompt's place, and its last event has a ``finish_reason``.
 
         With the same parameters for all, the token at position p of sequence i depends on the logits, the parameters
         and (seed, i, p) alone. With parameters for each, every prompt is generated as if it were alone: i is 0. A
-        sequence whose place the caller adds to ``dropped`` gets no more tokens. Closing the iterator frees all pages.
+        sequence whose place the caller adds to ``dropped`` gets no more tokens. Every answer keeps to ``constraint``.
+        Closing the iterator frees all pages.
 
         Raises:
-            RequestError: there is no prompt, or one is empty; or not as many parameters as prompts.
+            RequestError: there is no prompt, or one is empty; or not as many parameters as prompts; or there is a
+                ``constraint``, and the engine has no grammars.
             TokenizerError: an id is outside the vocabulary.
             CapacityError: a prompt and its ``max_tokens`` do not fit the context, or not the cache.
             NumericalError: the model put out NaN or infinity (while iterating).
+            MixtralError: the constraint could not be followed, ``grammar_failed`` (while iterating).
         """
         asked = [list(prompt) for prompt in prompts]
         if isinstance(params, SamplingParams):
-            groups = [(0, self._submission(asked, params))]
+            groups = [(0, self._submission(asked, params, constraint))]
         elif len(params) != len(asked) or not asked:
             raise RequestError(
                 f"got {len(asked)} prompts and {len(params)} parameters; expected one each", param="prompt"
             )
         else:
             each = zip(asked, params, strict=True)
-            groups = [(place, self._submission([prompt], one)) for place, (prompt, one) in enumerate(each)]
+            groups = [(place, self._submission([prompt], one, constraint)) for place, (prompt, one) in enumerate(each)]
         for _, submit in groups:
             self.engine.check(submit)
         return self._run(groups, dropped)
@@ -86,8 +91,8 @@ class Generator:
         """
         return self.engine.logits(list(ids))
 
-    def _submission(self, prompts: list[list[int]], params: SamplingParams) -> Submit:
-        return Submit(request=f"{next(self._names)}", prompts=prompts, params=params)
+    def _submission(self, prompts: list[list[int]], params: SamplingParams, constraint: Constraint | None) -> Submit:
+        return Submit(request=f"{next(self._names)}", prompts=prompts, params=params, constraint=constraint)
 
     def _run(
         self, groups: Sequence[tuple[int, Submit]], dropped: Collection[int]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from mixtral import faults
+from mixtral.engine.heap import Trimmer
 from mixtral.errors import MixtralError
 from mixtral.wire import (
     Abort,
@@ -102,6 +103,7 @@ class Loop:
         self._seconds: list[float] = []
         self._stats = engine.stats()
         self._counted = time.monotonic()
+        self._trimmer = Trimmer()
         self._ended = threading.Event()
 
     def run(self) -> int:
@@ -117,6 +119,7 @@ class Loop:
                     self._take(message)
                 if self._engine.has_work:
                     self._send(self._do_step())
+                    self._trimmer.tick()
         except ChannelClosedError:
             return 0
         except Exception:

@@ -17,8 +17,9 @@ __all__ = ["text_constraint"]
 CHOICES = 1024
 CHOICE_BYTES = 32 * 1024
 
-# A model can be in love with white space: between two parts of a JSON text there is a line of it at most.
-_SPACE = r" {1,8}|\r?\n[ \t]{0,64}"
+# A model can be in love with white space: between two parts of a JSON text there is a line of it at most. No carriage
+# return, which a terminal shows as something else.
+_SPACE = r" {1,8}|\n[ \t]{0,64}"
 _KEYS: dict[str, set[str]] = {
     "text": set(),
     "json_object": set(),
