@@ -47,7 +47,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "train": ({"model", "ops", "weights", "tokenizer", "desk", "adapters"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
     "results": ({"tokenizer", "wire"}, set()),
-    "api": ({"results", "compiled", "model", "ops", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
+    "api": ({"results", "adapters", "compiled", "model", "ops", "weights", "tokenizer", "wire", "engine"}, {"torch"}),
     # The peers are imported in interpreters of theirs, by a script that imports nothing of mixtral.
     "bench": (
         {"api", "engine", "ops", "weights", "files", "quant", "plan"},

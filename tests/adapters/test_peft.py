@@ -10,17 +10,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
+from adapting import factors_of, ours, peer_of, theirs
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from mixtral.adapters import Factors, LoraConfig, attach_factors
+from mixtral.adapters import Factors
 from mixtral.adapters import peft as files
-from mixtral.adapters.factors import TARGETS, new_factors
+from mixtral.adapters.factors import TARGETS
 from mixtral.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
-from mixtral.model import Batch, Documents, Mixtral
+from mixtral.model import Mixtral
 from mixtral.weights import load_model, save_model
 from mixtral.weights.names import pieces
 
@@ -29,37 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
-IDS = torch.arange(3, 60)
-
-
-def ours(model: Mixtral, factors: Mapping[str, Factors] | None = None) -> Tensor:
-    adapter = attach_factors(model, factors) if factors else None
-    context = Documents([len(IDS)])
-    with torch.no_grad():
-        found = model.logits(model(Batch(IDS, context.positions_T, context)).hidden_TD)
-    if adapter is not None:
-        adapter.detach()
-    return found
-
-
-def peer_of(model: Mixtral, folder: Path) -> transformers.MixtralForCausalLM:
-    save_model(model, folder, layout="per-expert", overwrite=True)
-    peer = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    peer.set_experts_implementation("eager")
-    return peer
-
-
-def theirs(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
-
-
-def factors_of(config: MixtralConfig, seed: int = 5, **options: Any) -> dict[str, Factors]:
-    generator = torch.Generator().manual_seed(seed)
-    made = new_factors(config, LoraConfig(**options), torch.float32)
-    return {
-        name: Factors(a, torch.randn(b.shape, generator=generator) * 0.1, scale) for name, (a, b, scale) in made.items()
-    }
 
 
 def same(found: Mapping[str, Factors], expected: Mapping[str, Factors]) -> None:
