@@ -339,15 +339,10 @@ def load(
         )
     folder = folder_of(model)
     _use_threads(threads)
-    # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
-    engine = EngineConfig(speculation=compiled)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind, packed=compiled and not decode)
-        if adapter is not None and use_adapter(compact.model, Path(adapter), kernels=compiled):
-            engine = EngineConfig(speculation=False)
-        if compiled:
-            compile_model(compact.model, kv_dtype=kv_dtype)
+        engine = _ready(compact.model, adapter, compiled=compiled, kv_dtype=kv_dtype)
         if packed_cache is not None:
             _log.info("packed cache: nothing in this model is packed, so none is written")
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
@@ -355,15 +350,21 @@ def load(
         return LLM(compact.model, respelling, name=name, engine=engine)
     options: dict[str, Any] = {"unpickle": unpickle, "decode": decode, "packed_cache": packed_cache}
     found = load_model(folder, device=target, dtype=kind, reference=reference, **options)
-    if adapter is not None and use_adapter(found, Path(adapter), kernels=compiled):
-        engine = EngineConfig(speculation=False)
-    if compiled:
-        compile_model(found, kv_dtype=kv_dtype)
+    engine = _ready(found, adapter, compiled=compiled, kv_dtype=kv_dtype)
     fitting = Tokenizer.version_for(found.config.vocab_size)
     tokenizer = Tokenizer.from_version(fitting) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):
         check_pieces(tokenizer, pieces, source=str(folder))
     return LLM(found, tokenizer, name=name, engine=engine)
+
+
+def _ready(model: Mixtral, adapter: str | Path | None, *, compiled: bool, kv_dtype: str | None) -> EngineConfig:
+    """Put an adapter into a model and the model on kernels; what its engine may do."""
+    beside = adapter is not None and use_adapter(model, Path(adapter), kernels=compiled)
+    if compiled:
+        compile_model(model, kv_dtype=kv_dtype)
+    # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
+    return EngineConfig(speculation=compiled and not beside)
 
 
 def _use_threads(threads: int | None) -> None:
