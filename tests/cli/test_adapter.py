@@ -122,6 +122,23 @@ def test_out_and_in(form: str, home: Path, tmp_path: Path, capsys: Capture) -> N
     torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
 
 
+def test_experts_are_scored_and_chosen(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "text").write_text("The tram leaves at noon.\n\nA room for two nights, please.\n")
+    words = ("adapter", "experts", home / "base", tmp_path / "text", "--json", tmp_path / "found.json")
+    assert run(*words, "--share", "0.4", "--by", "gate") == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert f"on {found['tokens']} tokens" in shown
+    assert shown.count("*") == 1 + sum(map(len, found["experts"]))
+    for scores, chosen in zip(found["scores"], found["experts"], strict=True):
+        assert sum(scores) == pytest.approx(1)
+        assert chosen == [max(range(2), key=lambda expert: scores[expert])]
+    assert run(*words, "--share", "1", "--random", "3") == 0
+    assert json.loads((tmp_path / "found.json").read_text())["experts"] == [[0, 1], [0, 1]]
+    assert run(*words, "--by", "other") == 2
+    assert "expected token or gate" in capsys.readouterr().err
+
+
 def test_wrong_input_is_one_line(home: Path, tmp_path: Path, capsys: Capture) -> None:
     cases = [
         (("inspect", home / "base", tmp_path), "no adapter"),

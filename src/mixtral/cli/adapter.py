@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mixtral.adapters import Factors
     from mixtral.adapters.peft import AdapterFile
 
-__all__ = ["app", "export", "import_", "inspect", "merge"]
+__all__ = ["app", "experts", "export", "import_", "inspect", "merge"]
 
 app = typer.Typer(help="Look into LoRA adapters, write them in other forms, and merge them.", rich_markup_mode=None)
 
@@ -159,6 +159,48 @@ def _write(
             to_gguf = partial(convert_to_gguf, vocabulary=gguf_vocabulary)
             return to_gguf(source, target, change=change, progress=progress, **options).size_bytes
         return convert(source, target, layout=LAYOUTS[to], change=change, progress=progress, **options).size_bytes
+
+
+@app.command("experts")
+def experts(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Argument(metavar="TEXT", help="Text (UTF-8) of the task, a document per empty line.")],
+    share: Annotated[float, typer.Option(help="Choose the fewest experts whose scores have this share.")] = 0.2,
+    by: Annotated[str, typer.Option(help="token: how often chosen; gate: with how much weight.")] = "token",
+    tokens: Annotated[int, typer.Option(help="At most this many tokens of the text.", min=1)] = 131072,
+    random: Annotated[int | None, typer.Option(help="The control: as many experts, drawn with this seed.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and choice there.")] = None,
+) -> None:
+    """Score the experts on a text and choose those worth training (ESFT)."""
+    import json
+
+    import mixtral
+    from mixtral.adapters.select import choose, random_like, score_documents
+    from mixtral.errors import ConfigError
+
+    if by not in ("token", "gate"):
+        raise ConfigError(f"--by is {by!r}; expected token or gate", param="by")
+    documents = [part for part in _text(text).split("\n\n") if part.strip()]
+    llm, count = mixtral.load(model, reference=True), 0
+    ids: list[list[int]] = []
+    for document in documents:
+        found = llm.tokenizer.encode(document, bos=True)[: min(tokens - count, llm.context)]
+        ids, count = [*ids, found] if found else ids, count + len(found)
+    scores = score_documents(llm.generator.model, ids).scores(by)
+    chosen = choose(scores, share)
+    if random is not None:
+        chosen = random_like(chosen, llm.config.num_local_experts, random)
+    rows = [
+        (str(layer), " ".join(f"{score:.2f}{'*' if e in picked else ' '}" for e, score in enumerate(row)))
+        for layer, (row, picked) in enumerate(zip(scores.tolist(), chosen.experts, strict=True))
+    ]
+    output.pairs(f"score by {by} of every expert on {count:,} tokens; * is chosen", rows)
+    total = sum(len(layer) for layer in chosen.experts)
+    output.say(f"{total} of {len(rows) * llm.config.num_local_experts} experts")
+    if json_path is not None:
+        told = {"by": by, "share": share, "tokens": count, "random": random, "scores": scores.tolist()}
+        told["experts"] = [list(layer) for layer in chosen.experts]
+        json_path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(model: str, adapter: Path, scaling: float | None) -> AdapterFile:
