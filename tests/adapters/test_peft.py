@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -260,6 +261,23 @@ def test_configs_that_are_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=told.replace("(", r"\(").replace("*", r"\*")):
         read_adapter(tmp_path, tiny_config)
+
+
+JUNK = [None, True, -1, float("nan"), "x" * 300, [[]], {"": 1}, {"x": {}}]
+
+
+def test_junk_never_ends_in_another_error(tiny_config: MixtralConfig, tmp_path: Path) -> None:
+    """Whatever a value of the config is, the adapter is read or refused in the same words as always."""
+    write_adapter(tmp_path, tiny_config, factors_of(tiny_config, rank=4, targets=("q", "down")))
+    path = tmp_path / CONFIG_NAME
+    good = json.loads(path.read_text())
+    read = 0
+    for key in [*good, *files._OFF, *files._READ, "new"]:
+        for value in JUNK:
+            path.write_text(json.dumps({**good, key: value}))
+            with contextlib.suppress(CheckpointError):
+                read += len(read_adapter(tmp_path, tiny_config).factors) == 4
+    assert read > 50
 
 
 def test_weights_that_are_refused(tiny_config: MixtralConfig, tmp_path: Path) -> None:

@@ -13,11 +13,15 @@ from test_frozen import FORMS, packed_folder
 import mixtral
 from mixtral.adapters.factors import TARGETS
 from mixtral.adapters.peft import write_adapter
+from mixtral.adapters.use import put_to_use
+from mixtral.compiled import compile_model
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
 from mixtral.evaluate.divergence import compare
 from mixtral.model import Mixtral
-from mixtral.weights import save_model
+from mixtral.model.mixtral import Linear
+from mixtral.quant.modules import PackedLinear
+from mixtral.weights import load_model, save_model
 from mixtral.weights.checkpoint import read_any_config
 
 IDS = list(range(3, 40))
@@ -84,6 +88,26 @@ def test_the_embedded_model_takes_an_adapter(target: str, tmp_path: Path) -> Non
     decoded = mixtral.load("embedded", decode=True, adapter=adapter).logits(ids).numpy()
     effect = compare(decoded, base.logits(ids).numpy(), ids).kl_mean
     assert compare(decoded, adapted, ids).kl_mean < 0.1 * effect
+
+
+def test_a_dense_projection_beside_packed_ones(tmp_path: Path) -> None:
+    """All projections of attention get the float32 input of a compiled layer, whatever they are."""
+    path = packed_folder("int8_g128", tmp_path)
+    model = load_model(path, device="cpu", dtype=torch.bfloat16)
+    name = "model.layers.0.self_attn.v_proj"
+    packed = model.get_submodule(name)
+    assert isinstance(packed, PackedLinear)
+    dense = Linear(256, 256, device="cpu", dtype=torch.bfloat16)
+    with torch.no_grad():
+        dense.weight.copy_(packed.packed.decode(torch.bfloat16))
+    model.set_submodule(name, dense)
+    factors = factors_of(model.config, rank=4, targets=("q",))
+    assert put_to_use(model, factors, kernels=True) == 1
+    found = mixtral.LLM(compile_model(model), None, name="mixed").logits(IDS)
+    write_adapter(tmp_path / "adapter", model.config, factors)
+    expected = mixtral.load(path, dtype="float32", decode=True, adapter=tmp_path / "adapter").logits(IDS)
+    base = mixtral.load(path, dtype="float32", decode=True).logits(IDS)
+    assert (found - expected).norm() < 0.3 * (expected - base).norm()
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, tiny_config: MixtralConfig) -> None:

@@ -128,16 +128,20 @@ def test_random_sizes(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize(("tokens", "choices"), [(1, 1), (4, 2)])
-def test_gradcheck(tokens: int, choices: int, dropout: float) -> None:
+def test_gradcheck(dropout: float) -> None:
     """With dropout the same inputs are left out again in every call."""
-    picks, (gate_up, down) = picks_of(tokens, choices=choices), bases()
+    experts, width, hidden, rank = 3, 3, 2, 2
+    picks = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    gate_up, down = random(experts, 2 * hidden, width), random(experts, width, hidden, seed=1)
+    shapes = [(rank, width), (2 * hidden, rank), (rank, hidden), (width, rank)]
+    factors = [random(experts, *shape, seed=2 + i) for i, shape in enumerate(shapes)]
+    leaves = [value.requires_grad_() for value in (random(3, width, seed=7), random(3, 2, seed=8), *factors)]
 
     def call(x: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
         torch.manual_seed(3)
         return grouped.experts(x, picks, weights, gate_up, down, pairs=pairs_of(list(factors)), dropout=dropout)
 
-    assert torch.autograd.gradcheck(call, leaves_of(picks))
+    assert torch.autograd.gradcheck(call, leaves)
 
 
 def test_dropout_keeps_the_mean_and_spares_the_base() -> None:
@@ -150,11 +154,11 @@ def test_dropout_keeps_the_mean_and_spares_the_base() -> None:
         return grouped.experts(x, picks, weights, gate_up, down, pairs=(None, some), dropout=dropout)
 
     torch.manual_seed(0)
-    draws = torch.stack([run(pair, 0.3) for _ in range(2000)])
+    draws = torch.stack([run(pair, 0.3) for _ in range(600)])
     base, exact = run(None), run(pair)
     assert torch.equal(run(None, 0.3), base)
     error = (draws.mean(0) - exact).norm() / (exact - base).norm()
-    assert error < 0.03
+    assert error < 0.06
     assert (draws[0] - exact).norm() > 0.1 * (exact - base).norm()
 
 

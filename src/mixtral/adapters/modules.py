@@ -66,7 +66,8 @@ class AdaptedLinear(Adapted):
         pair = self._pair("lora", x_TD.dtype)
         if pair is None:
             return out_TO
-        kept_TD = nn.functional.dropout(x_TD, self._dropout())
+        dropout = self._dropout()
+        kept_TD = nn.functional.dropout(x_TD, dropout) if dropout else x_TD
         narrow_TR = ops.linear(kept_TD, pair.a_ERI) * pair.scale
         return out_TO + ops.linear(narrow_TR, pair.b_EOR).to(out_TO.dtype)
 

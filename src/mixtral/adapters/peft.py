@@ -256,6 +256,7 @@ def _check_config(values: Mapping[str, Any], path: Path) -> None:
         number = values.get(key)
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1e6:
             raise CheckpointError(f"{path}: {CONFIG_NAME} says {key} {number!r}; expected a number above 0", param=key)
+    _dropout(values.get("lora_dropout"), path)
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(key) or {}
         if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
@@ -304,7 +305,17 @@ def _from_peft(
     check_factors(config, factors, source=source)
     _check_targets(values, modules, factors, source)
     ordered = {name: factors[name] for name in shapes if name in factors}
-    return AdapterFile(ordered, "PEFT", values.get("base_model_name_or_path"), float(values.get("lora_dropout") or 0))
+    base = values.get("base_model_name_or_path")
+    dropout = _dropout(values.get("lora_dropout"), Path(source))
+    return AdapterFile(ordered, "PEFT", base if isinstance(base, str) else None, dropout)
+
+
+def _dropout(value: Any, path: Path) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise CheckpointError(f"{path}: says dropout {value!r:.80}; expected 0 or more and less than 1")
+    return float(value)
 
 
 def _of_experts(scale_of: Any) -> Any:
@@ -382,5 +393,5 @@ def _read_mistral(path: Path, config: MixtralConfig, scaling: float | None) -> A
     # mistral-inference wants a pair for every matrix; those of zeros say nothing.
     kept = {name: pair for name, pair in factors.items() if bool(pair.b.any())} or factors
     ordered = {name: kept[name] for name in parameter_shapes(config) if name in kept}
-    dropout = said.get("dropout", 0.0) if isinstance(said, dict) else 0.0
-    return AdapterFile(ordered, "mistral-finetune", None, float(dropout))
+    dropout = _dropout(said.get("dropout") if isinstance(said, dict) else None, beside)
+    return AdapterFile(ordered, "mistral-finetune", None, dropout)
