@@ -173,7 +173,7 @@ def test_single_modules_of_some_experts(tiny_model: Mixtral, tmp_path: Path) -> 
 @pytest.mark.parametrize("square", [False, True])
 def test_stacks_of_older_versions(square: bool, tiny_config: MixtralConfig, tmp_path: Path) -> None:
     """Up to PEFT 0.18 lora_A has the widths of lora_B. Its sum over ranks, as that version's source has it:
-    ``delta[e, i, o] = scale * sum_r B[o, r, e] A[e, r, i]`` for a parameter [E, i, o]."""
+    ``delta[e, h, w] = scale * sum_r B[w, r, e] A[e, r, h]`` for a parameter [E, h, w]."""
     config = tiny_config.replace(intermediate_size=32, hidden_size=64) if square else tiny_config
     experts, hidden, width = 4, config.intermediate_size, config.hidden_size
     generator = torch.Generator().manual_seed(2)
@@ -192,7 +192,7 @@ def test_stacks_of_older_versions(square: bool, tiny_config: MixtralConfig, tmp_
         "target_parameters": ["experts.gate_up_proj"],
     }
     (folder / CONFIG_NAME).write_text(json.dumps(values))
-    expected = torch.einsum("ore,eri->eio", b.reshape(width, 3, experts), a.reshape(experts, 3, 2 * hidden))
+    expected = torch.einsum("wre,erh->ehw", b.reshape(width, 3, experts), a.reshape(experts, 3, 2 * hidden))
     if square:  # the widths do not tell
         with pytest.raises(CheckpointError, match="peft_version"):
             read_adapter(folder, config)

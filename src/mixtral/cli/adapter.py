@@ -256,7 +256,7 @@ def _show_drift(source: Path, target: Path, factors: Mapping[str, Factors]) -> N
 def _compare(model: str, target: Path, text: str, tokens: int, found: AdapterFile) -> None:
     """The logits of the result beside those of base and adapter, all in plain torch and float32."""
     import mixtral
-    from mixtral.adapters.use import put_to_use
+    from mixtral.adapters import attach_factors
     from mixtral.evaluate.divergence import compare
 
     options: dict[str, Any] = {"dtype": "float32", "reference": True}
@@ -265,7 +265,7 @@ def _compare(model: str, target: Path, text: str, tokens: int, found: AdapterFil
     # The base spells the text: the embedded model replaces rare ids, and both models must see the same ones.
     ids = llm.tokenizer.encode(text, bos=True)[:count] if llm.has_tokenizer else list(range(min(count, llm.vocab_size)))
     base = llm.logits(ids).numpy()
-    put_to_use(llm.generator.model, found.factors, kernels=False)
+    attach_factors(llm.generator.model, found.factors)  # products of their own: another way than the one of merging
     wanted = llm.logits(ids).numpy()
     del llm
     made = mixtral.load(target, **options).logits(ids).numpy()
