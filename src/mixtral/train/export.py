@@ -50,7 +50,9 @@ def export_run(
     if config.get("adapter"):
         _export_adapter(weights, values, destination, overwrite=overwrite)
         return "a PEFT adapter"
-    sizes = MixtralConfig.from_dict(values.get("model") or config["model"], source=f"{run_folder}: state of step {step}")
+    sizes = MixtralConfig.from_dict(
+        values.get("model") or config["model"], source=f"{run_folder}: state of step {step}"
+    )
     if values["trained_ids"] is None:
         model = _filled(Mixtral(sizes, device="meta"), weights, dtype_of(dtype) or torch.bfloat16)
         save_model(model, destination, overwrite=overwrite)
