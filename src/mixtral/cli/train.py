@@ -17,8 +17,8 @@ from mixtral.cli import output
 
 if TYPE_CHECKING:
     from mixtral.train.fine import FineTuning
-    from mixtral.train.loop import StepReport
     from mixtral.train.lines import BadLinesError
+    from mixtral.train.loop import StepReport
 
 __all__ = ["Progress", "Stop", "app", "dpo", "export", "pretrain", "sft"]
 
@@ -318,8 +318,8 @@ class Progress:
         self._say(f"step {step}/{self.steps}  saved  validation loss {loss:.4f}")
 
     def line(self, report: StepReport, seconds_per_step: float) -> str:
-        """Step, losses, speed, health of the routers (loads of the least and most used expert, 1 is balance; what is not
-        as it should be), and the time left."""
+        """Step, losses, speed, loads of the least and most used expert (1 is balance), what else the routers tell, and
+        the time left."""
         left = round((self.steps - report.step) * seconds_per_step)
         return (
             f"step {report.step}/{self.steps}  loss {report.loss:.4f}  {report.highlights()}"

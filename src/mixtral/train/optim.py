@@ -102,8 +102,8 @@ class Optimizer:
         self.config = config
         named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
         self.parameters: Mapping[str, nn.Parameter] = dict(named)
-        with_muon = isinstance(model, nn.Module) and config.optimizer == "muon"
-        self._matrices = {name for name in self.parameters if with_muon and _is_matrix(name)}
+        self.uses_muon = isinstance(model, nn.Module) and config.optimizer == "muon"
+        self._matrices = {name for name in self.parameters if self.uses_muon and _is_matrix(name)}
         given = masters or {}
         self.masters = {n: given.get(n, p.detach()).float().clone() for n, p in self.parameters.items()}
         self._grads: dict[str, Tensor] = {}

@@ -211,7 +211,7 @@ class Training(ABC, Generic[C, P]):
             agreement=self._probe.agreement,
             skipped=self.guard.skipped,
             **health,
-            **step.sums,
+            **dict[str, Any](step.sums),
         )
 
     def _update(self, step: Step) -> tuple[float, float]:
