@@ -1,7 +1,7 @@
 """The tensors of a run state in pieces: every rank writes what it owns, and reads the boxes it needs.
 
 A file of pieces names, in the header of the safetensors format, the whole shape and the place of each of them; the
-``index.json`` of a state repeats that for all files. A state of one process is one file of whole tensors, without index.
+``index.json`` of a state repeats that for all files. A state of one process is one file of whole tensors, no index.
 """
 
 from __future__ import annotations
@@ -137,10 +137,11 @@ class StateFiles:
             with safe_open(self._folder / file_name, framework="pt") as file:
                 for name, held, box in some:
                     if (common := held.common(box)) is not None:
-                        values = _read(file.get_slice(name), common.within(held))
+                        is_whole = common.size == held.shape
+                        values = file.get_tensor(name) if is_whole else _read(file.get_slice(name), common.within(held))
                         if values.dtype != found[name].dtype:
                             found[name] = found[name].to(values.dtype)
-                        found[name][common.within(box)] = values
+                        found[name][common.within(box)] = values.reshape(common.size)
         return {name: v.reshape(self._tensors[name].shape) if wanted[name] is None else v for name, v in found.items()}
 
 
