@@ -38,13 +38,17 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "compiled": ({"model", "ops", "quant"}, {"torch"}),
     "files": ({"ops", "quant"}, {"torch", "numpy"}),
     "weights": ({"model", "ops", "quant", "files"}, {"torch", "numpy", "safetensors"}),
+    "adapters": ({"model", "ops", "quant", "weights", "files"}, {"torch"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy", "msgspec"}),
     "server": (
         {"wire", "tokenizer", "grammar"},
         {"fastapi", "starlette", "uvicorn", "h11", "msgspec", "prometheus_client"},
     ),
     "parallel": ({"model", "ops"}, {"torch", "safetensors"}),
-    "train": ({"model", "ops", "parallel", "weights", "tokenizer", "desk"}, {"torch", "numpy", "safetensors"}),
+    "train": (
+        {"model", "ops", "parallel", "weights", "tokenizer", "desk", "adapters"},
+        {"torch", "numpy", "safetensors"},
+    ),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
     "results": ({"tokenizer", "wire"}, set()),
     "api": ({"results", "compiled", "model", "ops", "weights", "tokenizer", "wire", "engine"}, {"torch"}),

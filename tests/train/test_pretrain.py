@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 from mixtral.errors import TrainingError
 from mixtral.model import Batch, Documents
 from mixtral.ops import Route
-from mixtral.train import checkpoint
+from mixtral.train import checkpoint, training
 from mixtral.train import pretrain as recipe
 from mixtral.train.config import PretrainConfig
 from mixtral.train.pretrain import Pretraining, StepReport, pretrain
@@ -168,38 +167,6 @@ def test_the_log_of_a_resumed_run_has_every_step_once(tmp_path: Path, nano: Nano
     assert found == expected
     assert straight.steps_done == 6
     assert not list(log.parent.glob("*.tmp"))
-
-
-@pytest.mark.parametrize(
-    ("content", "kept"),
-    [
-        (b'{"step": 1}\n{"step": 2}\n{"step": 2, "validation_loss": 1.0}\n', slice(None)),
-        (b'{"step": 2}\n{"step": 3}\n{"step": 4}\n', slice(0, 12)),
-        (b'{"step": 2}\n{"st', slice(0, 12)),
-        (b'{"step": 2}\n{"step": 2', slice(0, 12)),
-        (b'{"step": 2}\n\0\0\0\0', slice(0, 12)),
-        (b'{"step": 2}\n\xff\n[2]\n2\n{"loss": 1}\n', slice(0, 12)),
-        (b'{"step": 3}\n', slice(0, 0)),
-    ],
-)
-def test_a_log_is_trimmed_to_whole_records_up_to_a_step(tmp_path: Path, content: bytes, kept: slice) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_bytes(content)
-    recipe._trim_log(path, 2)
-    assert path.read_bytes() == content[kept]
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_trimming_that_fails_keeps_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n')
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(TrainingError, match=r"log.jsonl: cannot be .*No space left on device.*nothing was trained"):
-        recipe._trim_log(path, 1)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_run_whose_states_are_all_damaged_does_not_start_from_nothing(tmp_path: Path, nano: Nano) -> None:
@@ -360,11 +327,11 @@ def test_other_versions_are_told_when_a_run_goes_on(
     pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
     found = checkpoint.load_latest(tmp_path)
     assert found is not None
-    versions = recipe._versions()
+    versions = training.versions()
     assert versions.keys() == {"torch", "mixtral"}
     assert versions.items() <= found[2].items()
     Pretraining(nano(), tmp_path)  # a warning is an error here
-    monkeypatch.setattr(recipe, "__version__", "99.0")
+    monkeypatch.setattr(training, "__version__", "99.0")
     with pytest.warns(
         UserWarning, match=f"saved by mixtral {versions['mixtral']} .now 99.0.; going on may not"
     ) as told:
@@ -374,10 +341,10 @@ def test_other_versions_are_told_when_a_run_goes_on(
 
 def test_a_state_without_versions_is_silent(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="error"):
-        recipe._warn_of_versions(tmp_path, {"machine": "x"})
-        recipe._warn_of_versions(tmp_path, recipe._versions())
+        training.warn_of_versions(tmp_path, {"machine": "x"})
+        training.warn_of_versions(tmp_path, training.versions())
     with pytest.warns(UserWarning, match=r"saved by torch 1\.0 \(now .*\) and mixtral 0\.0 \(now "):
-        recipe._warn_of_versions(tmp_path, {"torch": "1.0", "mixtral": "0.0"})
+        training.warn_of_versions(tmp_path, {"torch": "1.0", "mixtral": "0.0"})
 
 
 def test_time_is_up_before_the_first_step(tmp_path: Path, nano: Nano) -> None:

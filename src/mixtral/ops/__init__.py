@@ -2,14 +2,16 @@
 
 from mixtral.ops.attention import attention
 from mixtral.ops.causal import causal_attention
-from mixtral.ops.grouped import experts
+from mixtral.ops.grouped import Stacked, experts
 from mixtral.ops.losses import head_cross_entropy
 from mixtral.ops.passes import rms_norm, rope
-from mixtral.ops.reference import Route, linear, rope_angles, route
+from mixtral.ops.reference import Pair, Route, linear, rope_angles, route
 from mixtral.ops.rows import gather_rows
 
 __all__ = [
+    "Pair",
     "Route",
+    "Stacked",
     "attention",
     "causal_attention",
     "experts",

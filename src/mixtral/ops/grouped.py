@@ -5,14 +5,18 @@ Shape letters as in ``reference.py``; N is the number of assignments (T * A) wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Assignment", "assign", "experts", "row_multiple"]
+from mixtral.ops.lowrank import LowRank, keep_mask
+from mixtral.ops.reference import Pair
+
+__all__ = ["Assignment", "Stacked", "assign", "experts", "row_multiple"]
 
 # oneDNN compiles a primitive for every new row count (milliseconds, however small the product), so small matrices pay
 # to pad to few different counts; for large ones the padding itself costs more than the compilation: at 512 tokens of
@@ -61,34 +65,114 @@ def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+class Stacked(Protocol):
+    """Matrices of E experts that are multiplied with and get no gradient, however they are stored."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Experts, values out, values in."""
+        ...
+
+    def multiply(self, expert: int, x_NI: Tensor, out_NO: Tensor) -> None:
+        """``x @ weight.T`` of an expert into ``out``."""
+        ...
+
+    def multiply_back(self, expert: int, grad_NO: Tensor, out_NI: Tensor) -> None:
+        """``grad @ weight`` of an expert into ``out``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Dense:
+    weight_EOI: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, out, width = self.weight_EOI.shape
+        return experts, out, width
+
+    def multiply(self, expert: int, x_NI: Tensor, out_NO: Tensor) -> None:
+        torch.mm(x_NI, self.weight_EOI[expert].t(), out=out_NO)
+
+    def multiply_back(self, expert: int, grad_NO: Tensor, out_NI: Tensor) -> None:
+        torch.mm(grad_NO, self.weight_EOI[expert], out=out_NI)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the experts are called with besides tensors that may want gradients."""
+
+    plan: Assignment
+    packed: tuple[Stacked | None, Stacked | None]
+    scales: tuple[float, float]
+    dropout: float
+    chosen: tuple[int, ...]
+
+    def sources(self, *dense: Tensor | None) -> list[Stacked]:
+        """Gate and up, and down."""
+        return [_source(weight, packed) for weight, packed in zip(dense, self.packed, strict=True)]
+
+    def low_rank(self, factors: Sequence[Tensor | None], masks: Sequence[Tensor | None]) -> list[LowRank | None]:
+        """What the pairs add to either."""
+        found: list[LowRank | None] = []
+        for a, b, scale, keep in zip(factors[::2], factors[1::2], self.scales, masks, strict=True):
+            found.append(None if a is None or b is None else LowRank(Pair(a, b, scale), keep, self.dropout))
+        return found
+
+
+def _source(weight: Tensor | None, packed: Stacked | None) -> Stacked:
+    if packed is not None:
+        return packed
+    assert weight is not None
+    return _Dense(weight)
+
+
 class _Experts(torch.autograd.Function):
-    """Saves the sorted input and the gate/up products; recomputes SwiGLU; weights enter after the down product."""
+    """Saves the sorted input and the gate/up products; recomputes SwiGLU; weights enter after the down product.
+
+    Tensors: x, weights, gate_up and down (None where they are packed), a and b of either pair (or None), and after the
+    call the chosen experts' slices of gate_up, then of down.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor, plan: Assignment
-    ) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weights_TA: Tensor, *rest: Any) -> Tensor:
+        dense, factors, call = rest[:2], rest[2:6], rest[6]
+        plan: Assignment = call.plan
+        gate_up, down = call.sources(*dense)
         sorted_ND = _sorted_rows(x_TD, plan)
+        masks = [
+            None if a is None else keep_mask(len(sorted_ND), a.shape[-1], call.dropout, x_TD.device)
+            for a in factors[::2]
+        ]
+        low_gate_up, low_down = call.low_rank(factors, masks)
         # Without a backward pass the products of one expert are not needed any more when the next one's are made.
         keep = any(ctx.needs_input_grad)
         rows = sorted_ND.shape[0] if keep else max(end - start for start, end in plan.bounds)
-        products_NF = x_TD.new_empty((rows, gate_up_E2FD.shape[1]))
+        products_NF = x_TD.new_empty((rows, gate_up.shape[1]))
         out_ND = torch.empty_like(sorted_ND)
         for expert, (start, end) in enumerate(plan.bounds):
-            if start < end:
-                made_NF = products_NF[start:end] if keep else products_NF[: end - start]
-                torch.mm(sorted_ND[start:end], gate_up_E2FD[expert].t(), out=made_NF)
-                torch.mm(_swiglu(made_NF), down_EDF[expert].t(), out=out_ND[start:end])
-        ctx.save_for_backward(sorted_ND, products_NF, out_ND, weights_TA, gate_up_E2FD, down_EDF)
-        ctx.plan = plan
+            if start == end:
+                continue
+            some = slice(start, end)
+            made_NF = products_NF[some] if keep else products_NF[: end - start]
+            gate_up.multiply(expert, sorted_ND[some], made_NF)
+            if low_gate_up is not None:
+                low_gate_up.add(expert, some, sorted_ND[some], made_NF)
+            hidden_NF = _swiglu(made_NF)
+            down.multiply(expert, hidden_NF, out_ND[some])
+            if low_down is not None:
+                low_down.add(expert, some, hidden_NF, out_ND[some])
+        ctx.save_for_backward(sorted_ND, products_NF, out_ND, weights_TA, *dense, *factors, *masks)
+        ctx.call = call
         return _combine(out_ND, weights_TA, plan)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        sorted_ND, products_NF, out_ND, weights_TA, gate_up_E2FD, down_EDF = ctx.saved_tensors
-        plan: Assignment = ctx.plan
-        grad_TD = grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sorted_ND, products_NF, out_ND, weights_TA, *rest = ctx.saved_tensors
+        dense, factors, masks = rest[:2], rest[2:6], rest[6:]
+        call: _Call = ctx.call
+        plan, grad_TD = call.plan, grads[0]
         choices = weights_TA.shape[1]
         grad_weights_TA = torch.stack(
             [(out_ND.index_select(0, plan.places_TA[:, a]).float() * grad_TD.float()).sum(-1) for a in range(choices)],
@@ -99,46 +183,88 @@ class _Experts(torch.autograd.Function):
         grad_out_ND = _sorted_rows(grad_TD, plan).mul_(row_weight_N[:, None].to(grad_TD.dtype))
         grad_sorted_ND = torch.empty_like(sorted_ND)
         # An expert without tokens gets zeros, not None: optimizers and collectives then treat all experts alike.
-        grad_gate_up = torch.zeros_like(gate_up_E2FD)
-        grad_down = torch.zeros_like(down_EDF)
+        wanted = ctx.needs_input_grad[2:4]
+        grad_dense = [torch.zeros_like(w) if need else None for w, need in zip(dense, wanted, strict=True)]
+        grad_factors = [None if factor is None else torch.zeros_like(factor) for factor in factors]
+        sources = call.sources(*dense)
+        grad_slices = [grad_TD.new_zeros(source.shape[1:]) for source in sources for _ in call.chosen]
+        made = _Grads(grad_dense, grad_factors, dict(zip(call.chosen, _halves(grad_slices), strict=True)))
+        lows = call.low_rank(factors, masks)
         for expert, (start, end) in enumerate(plan.bounds):
             if start < end:
-                _expert_backward(
-                    sorted_ND[start:end],
-                    products_NF[start:end],
-                    grad_out_ND[start:end],
-                    (gate_up_E2FD[expert], down_EDF[expert]),
-                    (grad_sorted_ND[start:end], grad_gate_up[expert], grad_down[expert]),
-                )
+                some = slice(start, end)
+                inner = _Inner(expert, some, sources, lows, made)
+                inner.backward(sorted_ND[some], products_NF[some], grad_out_ND[some], grad_sorted_ND[some])
         grad_x_TD = sum(grad_sorted_ND.index_select(0, plan.places_TA[:, a]).float() for a in range(choices))
         assert isinstance(grad_x_TD, Tensor)
-        return grad_x_TD.to(grad_TD.dtype), grad_weights_TA, grad_gate_up, grad_down, None
+        return grad_x_TD.to(grad_TD.dtype), grad_weights_TA, *grad_dense, *grad_factors, None, *grad_slices
+
+
+def _halves(slices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    half = len(slices) // 2
+    return list(zip(slices[:half], slices[half:], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Grads:
+    """Where gradients go: of the stacked tensors, of the factors of the pairs, of the slices of chosen experts."""
+
+    dense: Sequence[Tensor | None]
+    factors: Sequence[Tensor | None]
+    slices: Mapping[int, tuple[Tensor, Tensor]]
+
+    def weight(self, expert: int, which: int) -> Tensor | None:
+        """That of one matrix; None if nobody wants it."""
+        if expert in self.slices:
+            return self.slices[expert][which]
+        whole = self.dense[which]
+        return None if whole is None else whole[expert]
+
+    def pair(self, expert: int, which: int) -> list[Tensor]:
+        """Those of a and b."""
+        return [factor[expert] for factor in self.factors[2 * which : 2 * which + 2] if factor is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Inner:
+    """The backward pass of one expert over its rows."""
+
+    expert: int
+    rows: slice
+    sources: Sequence[Stacked]
+    lows: Sequence[LowRank | None]
+    grads: _Grads
+
+    def backward(self, x_ND: Tensor, products_NF: Tensor, grad_out_ND: Tensor, grad_x_ND: Tensor) -> None:
+        """Fill the gradients of the rows, and of the weights that want one."""
+        gate, up = products_NF.chunk(2, dim=-1)
+        grad_products_NF = torch.empty_like(products_NF)
+        grad_gate, grad_up = grad_products_NF.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate)
+        grad_hidden = torch.empty_like(activated)
+        self.sources[1].multiply_back(self.expert, grad_out_ND, grad_hidden)
+        if self.lows[1] is not None:
+            self._low(1, activated * up, grad_out_ND, grad_hidden)
+        torch.mul(grad_hidden, activated, out=grad_up)
+        grad_down = self.grads.weight(self.expert, 1)
+        if grad_down is not None:
+            torch.mm(grad_out_ND.t(), activated.mul_(up), out=grad_down)
+        torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+        grad_gate_up = self.grads.weight(self.expert, 0)
+        if grad_gate_up is not None:
+            torch.mm(grad_products_NF.t(), x_ND, out=grad_gate_up)
+        self.sources[0].multiply_back(self.expert, grad_products_NF, grad_x_ND)
+        self._low(0, x_ND, grad_products_NF, grad_x_ND)
+
+    def _low(self, which: int, x: Tensor, grad_out: Tensor, grad_x: Tensor) -> None:
+        low = self.lows[which]
+        if low is not None:
+            low.back(self.expert, self.rows, x, grad_out, grad_x, self.grads.pair(self.expert, which))
 
 
 def _swiglu(products_NF: Tensor) -> Tensor:
     gate, up = products_NF.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
-
-
-def _expert_backward(
-    x: Tensor,
-    products: Tensor,
-    grad_out: Tensor,
-    weights: tuple[Tensor, Tensor],
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    gate_up, down = weights
-    grad_x, grad_gate_up, grad_down = grads
-    gate, up = products.chunk(2, dim=-1)
-    grad_products = torch.empty_like(products)
-    grad_gate, grad_up = grad_products.chunk(2, dim=-1)
-    activated = torch.nn.functional.silu(gate)
-    grad_hidden = grad_out @ down
-    torch.mul(grad_hidden, activated, out=grad_up)
-    torch.mm(grad_out.t(), activated.mul_(up), out=grad_down)
-    torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate, grad_input=grad_gate)
-    torch.mm(grad_products.t(), x, out=grad_gate_up)
-    torch.mm(grad_products, gate_up, out=grad_x)
 
 
 def _sorted_rows(x_TD: Tensor, plan: Assignment) -> Tensor:
@@ -155,9 +281,37 @@ def _combine(out_ND: Tensor, weights_TA: Tensor, plan: Assignment) -> Tensor:
     return total_TD.to(out_ND.dtype)
 
 
-def experts(x_TD: Tensor, picks_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Weighted sum of the chosen experts: same contract as ``reference.experts``, every weight matrix read once."""
-    count, width = gate_up_E2FD.shape[0], gate_up_E2FD[0].numel()
-    plan = assign(picks_TA, count, row_multiple(width))
-    out: Tensor = _Experts.apply(x_TD, weights_TA.float(), gate_up_E2FD, down_EDF, plan)  # type: ignore[no-untyped-call]
-    return out
+def experts(
+    x_TD: Tensor,
+    picks_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up: Tensor | Stacked,
+    down: Tensor | Stacked,
+    *,
+    pairs: tuple[Pair | None, Pair | None] = (None, None),
+    dropout: float = 0.0,
+    slices: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Weighted sum of the chosen experts: same contract as ``reference.experts``, every weight matrix read once.
+
+    Args:
+        gate_up, down: [E, 2F, D] and [E, D, F], or matrices that are stored otherwise.
+        pairs: low-rank additions to either, in the dtype of ``x``; neither they nor their gradients are ever multiplied
+            out to the size of a matrix.
+        dropout: share of the inputs of the pairs that is left out, drawn anew for every row and expert.
+        slices: experts whose matrices get gradients while the stacked tensors do not; both are views of these.
+    """
+    count, out, width = gate_up.shape
+    plan = assign(picks_TA, count, row_multiple(out * width))
+    dense, packed = zip(*(_sorted_out(weight) for weight in (gate_up, down)), strict=True)
+    factors = [factor for pair in pairs for factor in ((None, None) if pair is None else pair[:2])]
+    scales = [0.0 if pair is None else pair.scale for pair in pairs]
+    given = slices or {}
+    call = _Call(plan, packed, (scales[0], scales[1]), dropout, tuple(given))
+    chosen = [given[expert][which] for which in range(2) for expert in given]
+    result: Tensor = _Experts.apply(x_TD, weights_TA.float(), *dense, *factors, call, *chosen)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _sorted_out(weight: Tensor | Stacked) -> tuple[Tensor | None, Stacked | None]:
+    return (weight, None) if isinstance(weight, Tensor) else (None, weight)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "Pair",
     "Route",
     "attention",
     "experts",
@@ -33,6 +34,14 @@ class Route(NamedTuple):
     logits_TE: Tensor
     picks_TA: Tensor
     weights_TA: Tensor
+
+
+class Pair(NamedTuple):
+    """Low-rank additions to all experts' matrices [E, O, I]: expert e also adds ``scale * b[e] (a[e] x)``, rank R."""
+
+    a_ERI: Tensor
+    b_EOR: Tensor
+    scale: float
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
@@ -100,18 +109,34 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def experts(x_TD: Tensor, picks_TA: Tensor, weights_TA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor) -> Tensor:
+def experts(
+    x_TD: Tensor,
+    picks_TA: Tensor,
+    weights_TA: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    pairs: tuple[Pair | None, Pair | None] = (None, None),
+) -> Tensor:
     """Weighted sum of the chosen experts, ``sum_a weight[t,a] * down[e] swiglu(gate_up[e] x[t])``: [T, D], dropless.
 
-    Products are summed in float32 in order of choice, so the order in which experts are computed cannot show.
+    ``pairs`` add to ``gate_up`` and to ``down``. Products are summed in float32 in order of choice, so the order in
+    which experts are computed cannot show.
     """
     out_TAD = x_TD.new_zeros((*picks_TA.shape, x_TD.shape[-1]))
     for expert in range(gate_up_E2FD.shape[0]):
         tokens, places = torch.nonzero(picks_TA == expert, as_tuple=True)
         if tokens.numel():
-            hidden = swiglu(F.linear(x_TD[tokens], gate_up_E2FD[expert]))
-            out_TAD = out_TAD.index_put((tokens, places), F.linear(hidden, down_EDF[expert]))
+            hidden = swiglu(_with_pair(x_TD[tokens], gate_up_E2FD, pairs[0], expert))
+            out_TAD = out_TAD.index_put((tokens, places), _with_pair(hidden, down_EDF, pairs[1], expert))
     return (out_TAD.float() * weights_TA[..., None].float()).sum(1).to(x_TD.dtype)
+
+
+def _with_pair(x_NI: Tensor, weight_EOI: Tensor, pair: Pair | None, expert: int) -> Tensor:
+    out_NO = F.linear(x_NI, weight_EOI[expert])
+    if pair is None:
+        return out_NO
+    return out_NO + pair.scale * F.linear(F.linear(x_NI, pair.a_ERI[expert]), pair.b_EOR[expert])
 
 
 def head_cross_entropy(

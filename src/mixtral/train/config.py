@@ -1,4 +1,4 @@
-"""The configuration of a pretraining run: a strict TOML file with the tables model, data, optim and run."""
+"""The configuration of a pretraining run: a strict TOML file with the tables model, data, optim, run and record."""
 
 from __future__ import annotations
 
@@ -10,12 +10,26 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mixtral.config import MixtralConfig, preset
 from mixtral.errors import ConfigError
 
-__all__ = ["DataConfig", "OptimConfig", "PretrainConfig", "RunConfig", "read_pretrain_config"]
+__all__ = [
+    "DataConfig",
+    "OptimConfig",
+    "PretrainConfig",
+    "RecordConfig",
+    "RunConfig",
+    "check_choice",
+    "check_least",
+    "check_most",
+    "read_pretrain_config",
+    "read_table",
+    "read_toml",
+    "refuse_unknown",
+    "table_of",
+]
 
 C = TypeVar("C")
 _MOST = 2**31 - 1  # as for the sizes of the model
@@ -42,10 +56,10 @@ class DataConfig:
     mixture: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least(self, documents_per_step=1, micro_batches=1, trained_rows=1, sample_documents=1, prompt_weight=0.0)
-        _at_least(self, seed=_SEEDS[0], unknown_per_mille=0)
-        _at_most(self, documents_per_step=_MOST, micro_batches=_MOST, trained_rows=_MOST, sample_documents=_MOST)
-        _at_most(self, seed=_SEEDS[1], unknown_per_mille=1000)
+        check_least(self, documents_per_step=1, micro_batches=1, trained_rows=1, sample_documents=1, prompt_weight=0.0)
+        check_least(self, seed=_SEEDS[0], unknown_per_mille=0)
+        check_most(self, documents_per_step=_MOST, micro_batches=_MOST, trained_rows=_MOST, sample_documents=_MOST)
+        check_most(self, seed=_SEEDS[1], unknown_per_mille=1000)
         for skill, share in self.mixture.items():
             if share > 1000:
                 raise ConfigError(f"mixture: {skill} is {_shown(share)}; expected at most 1000", param="mixture")
@@ -59,26 +73,45 @@ class DataConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """Learning rate (peak; warm-up, constant, linear decay to zero), decay, clipping, and the two auxiliary losses."""
+    """Learning rate (the peak) and its schedule, optimizer, decay, clipping, and the two auxiliary losses.
+
+    After the warm-up the schedule ``wsd`` is constant and falls to zero over the last ``decay_fraction`` of the steps;
+    ``cosine`` and ``linear`` fall to zero from there, ``constant`` does not. ``optimizer`` is ``muon`` (for matrices,
+    AdamW for the rest) or ``adamw``. A step whose gradient is longer than ``skip_norm`` times the median of the last
+    ones is skipped; 0 skips none. ``ema`` is the decay of averaged weights, 0 keeps none. ``balance_scope`` is over
+    what the balance loss is taken: ``micro`` a micro-batch, ``sequence`` each document, ``global`` the step so far.
+    """
 
     learning_rate: float = 3e-3
+    schedule: str = "wsd"
     warmup_steps: int = 50
     decay_fraction: float = 0.25
+    optimizer: str = "muon"
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    skip_norm: float = 6.0
+    ema: float = 0.0
     balance_coef: float = 0.01
+    balance_scope: str = "micro"
     z_coef: float = 0.001
 
     def __post_init__(self) -> None:
-        _at_least(self, learning_rate=1e-12, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0, clip_norm=1e-12)
-        _at_least(self, balance_coef=0.0, z_coef=0.0)
+        check_least(self, learning_rate=1e-12, warmup_steps=0, decay_fraction=0.0, weight_decay=0.0, clip_norm=1e-12)
+        check_least(self, balance_coef=0.0, z_coef=0.0, skip_norm=0.0, ema=0.0)
+        check_most(self, ema=0.999999)
+        check_choice(self, schedule=("wsd", "cosine", "linear", "constant"), optimizer=("muon", "adamw"))
+        check_choice(self, balance_scope=("micro", "sequence", "global"))
         if self.decay_fraction > 1:
             raise ConfigError(f"decay_fraction is {self.decay_fraction}; expected 0 to 1", param="decay_fraction")
+        if 0 < self.skip_norm < 1:
+            raise ConfigError(f"skip_norm is {self.skip_norm}; expected 0 (off) or at least 1", param="skip_norm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """How long, how often to save, and in which precision the matrix products run (masters are always float32)."""
+
+    FEWEST_STEPS: ClassVar[int] = 1
 
     steps: int
     seed: int = 1
@@ -88,10 +121,28 @@ class RunConfig:
     threads: int = 2
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, seed=_SEEDS[0], save_every=1, keep_last=1, threads=1)
-        _at_most(self, steps=_MOST, seed=_SEEDS[1], save_every=_MOST, keep_last=_MOST, threads=1024)
-        if self.dtype not in {"bfloat16", "float32"}:
-            raise ConfigError(f"dtype is {self.dtype!r}; expected 'bfloat16' or 'float32'", param="dtype")
+        check_least(self, steps=self.FEWEST_STEPS, seed=_SEEDS[0], save_every=1, keep_last=1, threads=1)
+        check_most(self, steps=_MOST, seed=_SEEDS[1], save_every=_MOST, keep_last=_MOST, threads=1024)
+        check_choice(self, dtype=("bfloat16", "float32"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordConfig:
+    """What the run cannot know of itself, for its record: power drawn, carbon of the current, facts about the data.
+
+    ``watts`` 0 means not measured: the record then has an estimate. Texts that are empty become null in the record.
+    """
+
+    watts: float = 0.0
+    co2_grams_per_kwh: float = 445.0
+    sources: str = ""
+    languages: str = ""
+    filters: str = ""
+    deduplication: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        check_least(self, watts=0.0, co2_grams_per_kwh=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +153,7 @@ class PretrainConfig:
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
+    record: RecordConfig = field(default_factory=RecordConfig)
 
     def __post_init__(self) -> None:
         if self.model.num_experts_per_tok < 2:
@@ -117,23 +169,20 @@ class PretrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str) -> PretrainConfig:
-        """Read the four tables; ``model`` is a table of sizes or ``{preset = "tiny"}`` with some of them changed."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        _refuse_unknown(values, known, source)
+        """Read the tables; ``model`` is a table of sizes or ``{preset = "tiny"}`` with some of them changed."""
+        refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], source)
         _refuse_huge(values, source)
-        for name in known:
-            if not isinstance(values.get(name, {}), Mapping):
-                raise ConfigError(f"{source}: {name} is {values[name]!r}; expected a table", param=name)
-        sizes = dict(values.get("model", {}))
+        sizes = dict(table_of(values, "model", source))
         if "preset" in sizes:
             base = dataclasses.asdict(preset(str(sizes.pop("preset"))))
             sizes = base | sizes
         model = MixtralConfig.from_dict(sizes, source=f"{source}: model")
-        data = _read(DataConfig, values.get("data", {}), f"{source}: data")
-        optim = _read(OptimConfig, values.get("optim", {}), f"{source}: optim")
-        run = _read(RunConfig, values.get("run", {}), f"{source}: run")
+        data = read_table(DataConfig, values, "data", source)
+        optim = read_table(OptimConfig, values, "optim", source)
+        run = read_table(RunConfig, values, "run", source)
+        record = read_table(RecordConfig, values, "record", source)
         try:
-            return cls(model=model, data=data, optim=optim, run=run)
+            return cls(model=model, data=data, optim=optim, run=run, record=record)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}", param=error.param) from None
 
@@ -144,6 +193,15 @@ def read_pretrain_config(path: Path) -> PretrainConfig:
     Raises:
         ConfigError: the file is missing or not TOML, a key is unknown, or a value is out of range.
     """
+    return PretrainConfig.from_dict(read_toml(path), source=path.name)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, or an integer in it has more than 64 bits.
+    """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -152,27 +210,43 @@ def read_pretrain_config(path: Path) -> PretrainConfig:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:  # also of a number with more digits than Python reads
         raise ConfigError(f"{path}: not TOML ({error})") from None
-    return PretrainConfig.from_dict(values, source=path.name)
+    _refuse_huge(values, path.name)
+    return values
 
 
-def _read(kind: type[C], values: Mapping[str, Any], source: str) -> C:
+def table_of(values: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:
+    """The table of that name; empty where there is none. Raises ConfigError where it is something else."""
+    table = values.get(name, {})
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{source}: {name} is {table!r}; expected a table", param=name)
+    return table
+
+
+def read_table(kind: type[C], values: Mapping[str, Any], name: str, source: str) -> C:
+    """The table of that name as a configuration.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is of another type or out of range.
+    """
+    table, source = table_of(values, name, source), f"{source}: {name}"
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    _refuse_unknown(values, list(fields), source)
-    for name, value in values.items():
-        wanted = str(fields[name].type)
+    refuse_unknown(table, list(fields), source)
+    for key, value in table.items():
+        wanted = str(fields[key].type)
         fits = {
             "int": isinstance(value, int) and not isinstance(value, bool),
             "float": isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
             "str": isinstance(value, str),
+            "bool": isinstance(value, bool),
             "dict[str, int]": isinstance(value, dict) and all(type(v) is int and v >= 0 for v in value.values()),
         }
         if not fits[wanted]:
-            raise ConfigError(f"{source}: {name} is {value!r}; expected {wanted}", param=name)
-    missing = [n for n, f in fields.items() if n not in values and _is_required(f)]
+            raise ConfigError(f"{source}: {key} is {value!r}; expected {wanted}", param=key)
+    missing = [n for n, f in fields.items() if n not in table and _is_required(f)]
     if missing:
         raise ConfigError(f"{source}: missing key {missing[0]!r}", param=missing[0])
     try:
-        return kind(**values)
+        return kind(**table)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}", param=error.param) from None
 
@@ -181,7 +255,8 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:
+def refuse_unknown(values: Mapping[str, Any], known: list[str], source: str) -> None:
+    """Raise ConfigError for a key that is not known, with the nearest one that is."""
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -202,7 +277,8 @@ def _refuse_huge(values: Mapping[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: {name} is {_shown(value)}; expected at most 64 bits", param=name)
 
 
-def _at_least(config: object, **least: float) -> None:
+def check_least(config: object, **least: float) -> None:
+    """Raise ConfigError for a field below its bound, or not finite."""
     for name, low in least.items():
         value = getattr(config, name)
         # Not `value < low`, which is false for nan; not `value < inf`, which holds for integers that no float can hold.
@@ -211,11 +287,21 @@ def _at_least(config: object, **least: float) -> None:
             raise ConfigError(f"{name} is {_shown(value)}; expected {expected}", param=name)
 
 
-def _at_most(config: object, **most: int) -> None:
+def check_most(config: object, **most: float) -> None:
+    """Raise ConfigError for a field above its bound."""
     for name, high in most.items():
         value = getattr(config, name)
         if value > high:
             raise ConfigError(f"{name} is {_shown(value)}; expected at most {high}", param=name)
+
+
+def check_choice(config: object, **choices: tuple[str, ...]) -> None:
+    """Raise ConfigError for a text that is not one of its choices."""
+    for name, allowed in choices.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            expected = ", ".join(repr(one) for one in allowed[:-1]) + f" or {allowed[-1]!r}"
+            raise ConfigError(f"{name} is {value!r}; expected {expected}", param=name)
 
 
 def _shown(value: float) -> str:

@@ -1,33 +1,68 @@
 """Float32 master weights under Muon (matrices) and AdamW (embeddings, head, norms, routers), with clipping.
 
-The model computes in its own dtype; after every step its parameters are the masters, rounded.
+The model computes in its own dtype; after every step its parameters are the masters, rounded. Adapters, and everything
+where the configuration says so, are under AdamW alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mixtral.train.config import OptimConfig
 
-__all__ = ["Optimizer", "learning_rate", "orthogonalise"]
+__all__ = ["ADAM_BETAS", "ADAM_EPS", "MUON_MOMENTUM", "NormGuard", "Optimizer", "learning_rate", "orthogonalise"]
 
-_BETAS = (0.9, 0.95)
-_EPS = 1e-8
-_MOMENTUM = 0.95
+ADAM_BETAS = (0.9, 0.95)
+ADAM_EPS = 1e-8
+MUON_MOMENTUM = 0.95
 # Quintic Newton-Schulz coefficients of Muon (K. Jordan, 2024, an optimizer for hidden layers in neural networks).
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Warm-up, constant, linear decay to zero over the last ``decay_fraction`` of ``steps``; ``step`` counts from 0."""
+    """Warm-up, then the schedule (see ``OptimConfig``) to the end of ``steps``; ``step`` counts from 0."""
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    decay_steps = config.decay_fraction * steps
-    decay = min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
-    return config.learning_rate * warmup * decay
+    return config.learning_rate * warmup * _decay(config, step, steps)
+
+
+def _decay(config: OptimConfig, step: int, steps: int) -> float:
+    if config.schedule == "wsd":
+        decay_steps = config.decay_fraction * steps
+        return min(1.0, (steps - step) / decay_steps) if decay_steps else 1.0
+    if config.schedule == "constant":
+        return 1.0
+    begin = min(config.warmup_steps, steps - 1)
+    done = max(0.0, (step - begin) / (steps - begin))
+    return 1.0 - done if config.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+
+
+class NormGuard:
+    """The longest gradient that a step may have: ``factor`` times the median of the last ones, once there are enough.
+
+    Norms of skipped steps count too, so that text of another kind, with longer gradients, is not skipped for ever.
+    """
+
+    WINDOW, FEWEST = 100, 20
+
+    def __init__(self, factor: float, norms: Sequence[float] = (), skipped: int = 0) -> None:
+        self.factor, self.norms, self.skipped = factor, list(norms)[-self.WINDOW :], skipped
+
+    def limit(self) -> float:
+        """Infinite while there are too few norms to compare with, and if ``factor`` is 0."""
+        if not self.factor or len(self.norms) < self.FEWEST:
+            return math.inf
+        return self.factor * statistics.median(self.norms)
+
+    def note(self, norm: float, *, skipped: bool) -> None:
+        """Take in the norm of a step."""
+        self.norms = [*self.norms, norm][-self.WINDOW :]
+        self.skipped += skipped
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -52,16 +87,32 @@ def _is_matrix(name: str) -> bool:
 
 
 class Optimizer:
-    """Masters and moments of a model. ``state()`` and ``load()`` move all of it; ``step()`` is deterministic."""
+    """Masters and moments of a model. ``state()`` and ``load()`` move all of it; ``step()`` is deterministic.
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+    ``model`` may also be the parameters to train, by name: those of an adapter, in any model. ``masters`` are exact
+    starting values, float32, where the parameters are only their roundings.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        masters: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.config = config
-        self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
-        self.masters = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+        self.parameters: Mapping[str, nn.Parameter] = dict(named)
+        with_muon = isinstance(model, nn.Module) and config.optimizer == "muon"
+        self._matrices = {name for name in self.parameters if with_muon and _is_matrix(name)}
+        given = masters or {}
+        self.masters = {n: given.get(n, p.detach()).float().clone() for n, p in self.parameters.items()}
         self._grads: dict[str, Tensor] = {}
         self._first = {name: torch.zeros_like(master) for name, master in self.masters.items()}
-        self._second = {n: torch.zeros_like(master) for n, master in self.masters.items() if not _is_matrix(n)}
+        self._second = {n: torch.zeros_like(m) for n, m in self.masters.items() if n not in self._matrices}
+        self._average = {name: master.clone() for name, master in self.masters.items()} if config.ema else {}
         self.steps = 0
+        if masters:
+            self.refresh()
 
     def accumulate(self) -> None:
         """Add the parameters' gradients to the float32 sums, and drop them."""
@@ -77,24 +128,39 @@ class Optimizer:
         self._grads = {}
 
     @torch.no_grad()
-    def step(self, rate: float) -> float:
+    def step(self, rate: float, limit: float = math.inf) -> float:
         """Update the masters from the summed gradients and the model from the masters; the norm before clipping.
 
-        A norm that is not finite changes nothing. The gradients are dropped in any case.
+        A norm that is not finite, or above ``limit``, changes nothing. The gradients are dropped in any case.
         """
         norm = math.sqrt(sum(float(grad.square().sum()) for grad in self._grads.values()))
-        scale = min(1.0, self.config.clip_norm / (norm + 1e-12)) if math.isfinite(norm) else 0.0
+        scale = min(1.0, self.config.clip_norm / (norm + 1e-12)) if math.isfinite(norm) and norm <= limit else 0.0
         if scale:
             self.steps += 1
             for name, grad in self._grads.items():
-                update = self._muon(name, grad * scale) if _is_matrix(name) else self._adam(name, grad * scale)
+                update = self._muon(name, grad * scale) if name in self._matrices else self._adam(name, grad * scale)
                 master = self.masters[name]
                 if not name.endswith("norm.weight"):
                     master.mul_(1 - rate * self.config.weight_decay)
                 master.sub_(update, alpha=rate)
+            # Short runs would otherwise average mostly the weights they began with.
+            decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
+            for name, average in self._average.items():
+                average.lerp_(self.masters[name], 1 - decay)
         self.drop_gradients()
         self.refresh()
         return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the averaged weights inside of this, and its own again afterwards."""
+        with torch.no_grad():
+            for name, average in self._average.items():
+                self.parameters[name].copy_(average)
+        try:
+            yield
+        finally:
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -103,8 +169,8 @@ class Optimizer:
             parameter.copy_(self.masters[name])
 
     def _muon(self, name: str, grad: Tensor) -> Tensor:
-        momentum = self._first[name].mul_(_MOMENTUM).add_(grad)
-        wanted = grad.add(momentum, alpha=_MOMENTUM)
+        momentum = self._first[name].mul_(MUON_MOMENTUM).add_(grad)
+        wanted = grad.add(momentum, alpha=MUON_MOMENTUM)
         # Gate and up are two matrices that only share a tensor.
         halves = (*wanted.shape[:-2], 2, wanted.shape[-2] // 2, wanted.shape[-1])
         parts = wanted.reshape(halves) if "gate_up_proj" in name else wanted
@@ -113,10 +179,10 @@ class Optimizer:
         return orthogonalise(parts).mul_(factor).reshape(wanted.shape)
 
     def _adam(self, name: str, grad: Tensor) -> Tensor:
-        first = self._first[name].lerp_(grad, 1 - _BETAS[0])
-        second = self._second[name].lerp_(grad.square(), 1 - _BETAS[1])
-        corrected = second / (1 - _BETAS[1] ** self.steps)
-        return first / (1 - _BETAS[0] ** self.steps) / corrected.sqrt_().add_(_EPS)
+        first = self._first[name].lerp_(grad, 1 - ADAM_BETAS[0])
+        second = self._second[name].lerp_(grad.square(), 1 - ADAM_BETAS[1])
+        corrected = second / (1 - ADAM_BETAS[1] ** self.steps)
+        return first / (1 - ADAM_BETAS[0] ** self.steps) / corrected.sqrt_().add_(ADAM_EPS)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that continues a run, by name; the tensors themselves, not copies."""
@@ -124,6 +190,7 @@ class Optimizer:
             **{f"master.{name}": value for name, value in self.masters.items()},
             **{f"first.{name}": value for name, value in self._first.items()},
             **{f"second.{name}": value for name, value in self._second.items()},
+            **{f"average.{name}": value for name, value in self._average.items()},
             "steps": torch.tensor([self.steps], dtype=torch.int64),
         }
 

@@ -1,0 +1,222 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) over dense or packed weights: put into a model and taken out again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixtral.adapters.factors import EXPERTS, TARGETS, Factors, LoraConfig, check_factors, new_factors, target_of
+from mixtral.adapters.modules import BASES, Adapted, Switch
+from mixtral.errors import ConfigError
+from mixtral.model.mixtral import DecoderLayer, Linear, Mixtral
+from mixtral.model.moe import Experts
+from mixtral.quant.modules import PackedExperts, PackedLinear
+
+__all__ = ["Adapter", "LoraConfig", "Trained", "attach", "attach_factors", "expert_bytes"]
+
+_log = logging.getLogger("mixtral")
+
+
+class Trained(NamedTuple):
+    """A tensor that is trained, and how many numbers it has."""
+
+    name: str
+    shape: tuple[int, ...]
+    numbers: int
+
+
+class Adapter:
+    """What ``attach`` put into a model: its parameters, a switch, and the way back."""
+
+    def __init__(self, model: Mixtral, dropout: float) -> None:
+        self.model = model
+        self._switch = Switch(dropout=dropout)
+        self._wanted_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._bases: dict[str, nn.Module] = {}
+        self._names: dict[str, tuple[str, str]] = {}  # parameter -> module, pair in it
+        model.requires_grad_(False)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained parameters, float32 (or wider, as the model), by their names in the model."""
+        for module, pair in self._names.values():
+            for part in ("a", "b"):
+                name = f"{module}.{pair}_{part}"
+                yield name, self.model.get_parameter(name)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained parameters."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def table(self) -> list[Trained]:
+        """The trained tensors."""
+        return [Trained(name, tuple(value.shape), value.numel()) for name, value in self.named_parameters()]
+
+    def factors(self) -> dict[str, Factors]:
+        """Copies of the present values, by the parameter that they are added to."""
+        found = {}
+        for parameter, (module, pair) in self._names.items():
+            a, b, scale = _adapted(self.model, module).factors(pair)
+            found[parameter] = Factors(a.detach().clone(), b.detach().clone(), scale)
+        return found
+
+    @torch.no_grad()
+    def load(self, factors: Mapping[str, Factors]) -> None:
+        """Take over values of an adapter of the same kind.
+
+        Raises:
+            ConfigError: parameters, ranks or scales are others.
+        """
+        own = {name: _adapted(self.model, module).factors(pair) for name, (module, pair) in self._names.items()}
+        for name in own.keys() | factors.keys():
+            if name not in own or name not in factors or not _same_kind(own[name], factors[name]):
+                raise ConfigError(f"the adapter to load differs at {name!r}: another target, rank or scale")
+        for name, (a, b, _) in own.items():
+            a.copy_(factors[name].a)
+            b.copy_(factors[name].b)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes what its base does."""
+        before, self._switch.on = self._switch.on, False
+        try:
+            yield
+        finally:
+            self._switch.on = before
+
+    def detach(self) -> None:
+        """Put the base back as it was; the values are gone, unless ``factors`` were taken."""
+        for name, base in self._bases.items():
+            self.model.set_submodule(name, base)
+        for name, wanted in self._wanted_grad.items():
+            self.model.get_parameter(name).requires_grad_(wanted)
+        self._bases, self._names = {}, {}
+
+    def _wrap(self, name: str, kind: type[nn.Module], factors: Mapping[str, Factors]) -> None:
+        """Put an adapted module in the place of the one of that name; ``factors`` by parameter."""
+        base = self.model.get_submodule(name)
+        pairs = {}
+        for parameter, pair in factors.items():
+            target = target_of(parameter)
+            short = target if target in EXPERTS else "lora"
+            pairs[short] = pair
+            self._names[parameter] = (name, short)
+        self.model.set_submodule(name, _KINDS[kind](base, pairs, self._switch).train(base.training))
+        self._bases[name] = base
+
+    def _decode_head(self) -> None:
+        """A dense head in the place of a packed one: a loss over the vocabulary reads it whole, and often."""
+        head = self.model.lm_head
+        if isinstance(head, PackedLinear):
+            rows, width = head.packed.shape
+            dense = Linear(width, rows, device="meta", dtype=self.model.dtype)
+            dense.weight = nn.Parameter(head.packed.decode(self.model.dtype), requires_grad=False)
+            self.model.set_submodule("lm_head", dense)
+            self._bases["lm_head"] = head
+
+
+_KINDS: Mapping[type[nn.Module], type[Adapted]] = {base: kind for kind, bases in BASES.items() for base in bases}
+
+
+def attach(model: Mixtral, config: LoraConfig) -> Adapter:
+    """Put new low-rank pairs into a model, which adds nothing as yet, and freeze everything else.
+
+    The base may be dense or packed. Packed matrices are decoded in panels where they are used, forward and backward;
+    a packed head is decoded once, for the loss reads it whole.
+
+    Raises:
+        ConfigError: the model is on compiled kernels, or adapted already; or a target has no parameter in it.
+    """
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    adapter = _attach(model, new_factors(model.config, config, dtype), config.dropout)
+    _check_all(adapter, config.targets)
+    return adapter
+
+
+def attach_factors(model: Mixtral, factors: Mapping[str, Factors], *, dropout: float = 0.0) -> Adapter:
+    """As ``attach``, with values that are there already, which are copied.
+
+    Raises:
+        CheckpointError: they do not fit the model.
+    """
+    check_factors(model.config, factors, source="adapter")
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    own = {name: Factors(a.to(dtype, copy=True), b.to(dtype, copy=True), s) for name, (a, b, s) in factors.items()}
+    return _attach(model, own, dropout)
+
+
+def _attach(model: Mixtral, factors: Mapping[str, Factors], dropout: float) -> Adapter:
+    for number, layer in enumerate(model.model.layers):
+        if type(layer) is not DecoderLayer:
+            raise ConfigError(
+                f"layer {number} is a {type(layer).__name__}, which runs on compiled kernels and has no backward pass; "
+                "load the model with reference=True"
+            )
+    by_module: dict[str, dict[str, Factors]] = {}
+    for parameter, pair in factors.items():
+        placed = Factors(pair.a.to(model.device), pair.b.to(model.device), pair.scale)
+        by_module.setdefault(parameter.rpartition(".")[0], {})[parameter] = placed
+    for name, module in model.named_modules():
+        if name.startswith("model.layers.") and isinstance(module, PackedLinear | PackedExperts):
+            by_module.setdefault(name, {})  # gradients must flow through it
+    for name in by_module:
+        _check_base(model, name)
+    adapter = Adapter(model, dropout)
+    for name, some in by_module.items():
+        adapter._wrap(name, type(model.get_submodule(name)), some)
+    adapter._decode_head()
+    table = adapter.table()
+    _log.info("adapter: %s tensors, %s numbers", len(table), f"{sum(one.numbers for one in table):,}")
+    return adapter
+
+
+def _check_base(model: Mixtral, name: str) -> None:
+    kind = type(model.get_submodule(name))
+    if kind not in _KINDS:
+        expected = ", ".join(sorted(base.__name__ for base in _KINDS))
+        raise ConfigError(f"{name} is a {kind.__name__}; expected one of {expected}. Detach an adapter before another")
+
+
+def _check_all(adapter: Adapter, targets: Iterable[str]) -> None:
+    """An adapter that misses the experts learns little, and nobody would notice."""
+    found = {target_of(parameter) for parameter in adapter.factors()}
+    for target in targets:
+        if target not in found:
+            adapter.detach()
+            raise ConfigError(f"no {TARGETS[target]!r} was adapted, though {target!r} was asked for", param="targets")
+
+
+def _adapted(model: Mixtral, module: str) -> Adapted:
+    found = model.get_submodule(module)
+    assert isinstance(found, Adapted)
+    return found
+
+
+def _same_kind(own: Factors, other: Factors) -> bool:
+    return own.a.shape == other.a.shape and own.b.shape == other.b.shape and own.scale == other.scale
+
+
+def expert_bytes(model: Mixtral) -> float:
+    """Bytes in memory per number of the experts, without adapters: 2 for bfloat16, about 0.56 for int4 in groups of 32.
+
+    Raises:
+        ConfigError: no experts were found.
+    """
+    size, count = 0, 0
+    for module in model.modules():
+        if isinstance(module, Experts):
+            tensors: list[Tensor] = [module.gate_up_proj, module.down_proj]
+            size += sum(tensor.nbytes for tensor in tensors)
+            count += sum(tensor.numel() for tensor in tensors)
+        elif isinstance(module, PackedExperts):
+            packed = [one for three in module.matrices() for one in three]
+            size += sum(one.size_bytes for one in packed)
+            count += sum(one.shape[0] * one.shape[1] for one in packed)
+    if not count:
+        raise ConfigError("the model holds no experts that could be counted")
+    return size / count

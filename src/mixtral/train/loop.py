@@ -1,0 +1,161 @@
+"""The loop that every recipe runs in: step, log, save, evaluate, stop. It knows nothing of what a step computes."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mixtral.errors import TrainingError
+from mixtral.train.config import OptimConfig, RunConfig
+from mixtral.train.log import Log
+
+__all__ = ["Run", "Settings", "StepReport", "drive"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step. Losses are per token (of DPO: per pair).
+
+    ``load_max`` and ``load_min`` are the largest and the smallest share that an expert of any layer has of the choices
+    of the whole step, in however many parts it was computed; 1 is even. ``entropy`` is that of the shares, 1 where all
+    are even, as the mean over layers; ``dead`` counts the experts without a token in this step, ``collapsed`` those
+    that the alarm is about, ``skipped`` the steps so far whose gradient was too long. ``agreement`` is the part of the
+    choices on a fixed batch that are those of the first step; it is measured when a state is saved.
+    """
+
+    step: int
+    loss: float
+    balance: float
+    z: float
+    grad_norm: float
+    learning_rate: float
+    load_max: float
+    load_min: float
+    tokens: int
+    seconds: float
+    tokens_total: int
+    seconds_total: float
+    entropy: float = math.nan
+    max_violation: float = 0.0
+    dead: int = 0
+    collapsed: int = 0
+    agreement: float = 1.0
+    skipped: int = 0
+
+    def highlights(self) -> str:
+        """What the progress line shows beside the loss; nothing but in recipes with numbers of their own."""
+        return ""
+
+
+class Settings(Protocol):
+    """What the loop and the shared part of the recipes ask of a configuration."""
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Rates and coefficients."""
+        ...
+
+    @property
+    def run(self) -> RunConfig:
+        """Length, saving, precision."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        ...
+
+
+class Run(Protocol):
+    """What the loop asks of a recipe: a run in a folder that knows how far it is."""
+
+    folder: Path
+    steps_done: int
+
+    @property
+    def config(self) -> Settings:
+        """The configuration, with the number of steps."""
+        ...
+
+    def step(self) -> StepReport:
+        """Train the next step."""
+        ...
+
+    def save(self) -> Path:
+        """Commit the run state of this moment."""
+        ...
+
+    def validation_loss(self) -> float | None:
+        """The loss on held-out text, None where there is none."""
+        ...
+
+    def averaged_loss(self) -> float | None:
+        """The same of the averaged weights; only asked for if ``optim.ema`` is not 0."""
+        ...
+
+
+def drive(
+    run: Run,
+    *,
+    on_step: Callable[[StepReport], None],
+    on_validation: Callable[[int, float], None] = lambda step, loss: None,
+    max_seconds: float | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+    started: float | None = None,
+) -> None:
+    """Train to the end of the configuration, or until ``max_seconds`` (counted from ``started``, a value of
+    ``time.monotonic``) or ``stopping()``; the state is saved at the end. The caller holds the folder's lock.
+
+    Warns:
+        UserWarning: the log could not be written, or a state before the last; the training goes on.
+
+    Raises:
+        TrainingError: a step is refused, or the last state could not be saved.
+    """
+    start = time.monotonic() if started is None else started
+    log = Log(run.folder / "log.jsonl", run.steps_done)
+    if run.steps_done and not log.evaluated:  # killed between the state and its evaluation
+        _evaluate(run, log, on_validation)
+    saved_at = run.steps_done
+    while run.steps_done < run.config.run.steps and not stopping():
+        if max_seconds is not None and time.monotonic() - start >= max_seconds:
+            break
+        report = run.step()
+        log.add(asdict(report))
+        on_step(report)
+        is_last = run.steps_done == run.config.run.steps
+        if run.steps_done % run.config.run.save_every == 0 and not is_last and _saved(run, log):
+            saved_at = run.steps_done
+            _evaluate(run, log, on_validation)
+    if saved_at != run.steps_done:
+        log.flush()
+        run.save()
+        _evaluate(run, log, on_validation)
+
+
+def _saved(run: Run, log: Log) -> bool:
+    """Commit the state. A disk that refuses may take the next one; what was trained is still in memory."""
+    log.flush()
+    try:
+        run.save()
+    except TrainingError as error:
+        every = run.config.run.save_every
+        warnings.warn(f"{error}; training goes on, the next try is after {every} more steps", stacklevel=3)
+        return False
+    return True
+
+
+def _evaluate(run: Run, log: Log, on_validation: Callable[[int, float], None]) -> None:
+    """The validation loss of a state that is saved: whoever is killed while evaluating has lost nothing."""
+    loss = run.validation_loss()
+    if loss is None:
+        return
+    record: dict[str, Any] = {"step": run.steps_done, "validation_loss": loss}
+    if run.config.optim.ema:
+        record["averaged_validation_loss"] = run.averaged_loss()
+    log.add(record)
+    on_validation(run.steps_done, loss)

@@ -1,0 +1,266 @@
+"""``record.json`` of a run: everything that published recipes leave out, and what it cost.
+
+A field that nobody can know is null, and ``unknown`` says why. Numbers that are not measured say so in their names.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import subprocess
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mixtral import __version__
+from mixtral.config import MixtralConfig
+from mixtral.ops.cores import usable_cores
+from mixtral.train.config import OptimConfig, RecordConfig, RunConfig
+from mixtral.train.health import ALARM_LOAD, ALARM_STEPS
+from mixtral.train.optim import ADAM_BETAS, ADAM_EPS, MUON_MOMENTUM
+
+if TYPE_CHECKING:
+    from mixtral.train.training import Training
+
+__all__ = ["NAME", "build_record", "flops", "write_record"]
+
+NAME = "record.json"
+# A server of about 300 W whose 30 cores share processor, memory, fans and the losses of the power supply.
+WATTS_PER_THREAD = 10.0
+_PEAK_SIZE = 1024
+_STATED = ("sources", "languages", "filters", "deduplication", "licence")
+
+
+def write_record(folder: Path, run: Training[Any, Any]) -> None:
+    """Write the record of a run as it is now. A disk that refuses costs a warning, never what was trained."""
+    temporary = folder / f".{NAME}.partial"
+    try:
+        temporary.write_text(json.dumps(build_record(run), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.replace(folder / NAME)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        warnings.warn(f"{folder / NAME}: cannot be written ({error.strerror}); training goes on", stacklevel=3)
+
+
+def build_record(run: Training[Any, Any]) -> dict[str, Any]:
+    """The record as plain JSON values; ``unknown`` maps the path of every field that is null to the reason."""
+    config = run.config
+    record = {
+        "kind": run.kind,
+        "software": _software(),
+        "seeds": {"weights_and_order": config.run.seed},
+        "model": run.model.config.to_dict(),
+        "optimizer": _optimizer(config.optim, config.run),
+        "router": _router(run),
+        "precision": _precision(config.run),
+        "parallelism": {"devices": 1, "data": 1, "tensor": 1, "expert": 1, "pipeline": 1},
+        "hardware": _hardware(config.run),
+        **run.facts(),
+    }
+    record["training"] = {**_amounts(run), **record.get("training", {})}
+    record["energy"] = _energy(run, config.record)
+    _state(record, config.record)
+    record["unknown"] = _reasons(record)
+    return record
+
+
+def flops(config: MixtralConfig, tokens: int, squares: int, *, trained: float = 1.0) -> float:
+    """Floating-point operations of training: forward and both backward passes of the matrices, causal attention.
+
+    6 per token and active parameter without the embedding; 6 L H K per token pair of a document, half of all pairs.
+    ``squares`` is the sum of the squared document lengths; ``trained`` the part of the active parameters that needs
+    gradients of its own: a frozen one costs 4 per token.
+    """
+    width, layers = config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = layers * 2 * width * (heads + keys)
+    experts = layers * config.num_experts_per_tok * 3 * width * config.intermediate_size
+    routers = layers * config.num_local_experts * width
+    active = attention + experts + routers + config.vocab_size * width
+    return (4 + 2 * trained) * active * tokens + 6.0 * layers * heads * squares
+
+
+def _software() -> dict[str, Any]:
+    return {
+        "mixtral": __version__,
+        "commit": _commit(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of the source tree this runs from; None if it is installed elsewhere, or there is no git."""
+    package = Path(__file__).resolve().parents[1]
+    command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        top, commit = done.stdout.splitlines()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return commit if Path(top).resolve() / "src" / "mixtral" == package else None
+
+
+def _optimizer(optim: OptimConfig, run: RunConfig) -> dict[str, Any]:
+    muon = (
+        {"momentum": MUON_MOMENTUM, "nesterov": True, "newton_schulz_steps": 5} if optim.optimizer == "muon" else None
+    )
+    return {
+        "name": "Muon for attention and experts, AdamW for the rest" if muon else "AdamW",
+        "adamw": {"betas": list(ADAM_BETAS), "eps": ADAM_EPS},
+        "muon": muon if muon else "not used",
+        "weight_decay": optim.weight_decay,
+        "weight_decay_on_norms": 0.0,
+        "clip_norm": optim.clip_norm,
+        "skip_norm": optim.skip_norm,
+        "ema": optim.ema,
+        "learning_rate": optim.learning_rate,
+        "schedule": optim.schedule,
+        "warmup_steps": optim.warmup_steps,
+        "decay_fraction": optim.decay_fraction if optim.schedule == "wsd" else "not used",
+        "steps_planned": run.steps,
+    }
+
+
+def _router(run: Training[Any, Any]) -> dict[str, Any]:
+    optim, loads_LE = run.config.optim, run.loads_LE
+    return {
+        "balance_coef": optim.balance_coef,
+        "balance_scope": optim.balance_scope,
+        "balance_coef_as_router_aux_loss_coef": optim.balance_coef / run.model.config.num_experts_per_tok,
+        "z_coef": optim.z_coef,
+        "capacity_factor": "none: no token is dropped",
+        "jitter": 0.0,
+        "load_of_last_step": [[round(load, 4) for load in row] for row in loads_LE.tolist()],
+        "starving_experts": int((run.health.starving_LE >= ALARM_STEPS).sum()),
+        "starving_means": f"below {ALARM_LOAD} of an even load for {ALARM_STEPS} steps",
+        "choices_as_at_start": run.agreement,
+        "specialisation": None,
+    }
+
+
+def _precision(run: RunConfig) -> dict[str, Any]:
+    return {
+        "masters_and_moments": "float32",
+        "matrix_products": run.dtype,
+        "router_norms_losses": "float32",
+        "autocast": False,
+        "loss_scaling": "none",
+        "recomputation": "SwiGLU of the experts, shares of attention",
+    }
+
+
+def _hardware(run: RunConfig) -> dict[str, Any]:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else None
+    return {
+        "device": "cpu",
+        "devices": 1,
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "threads": run.threads,
+        "memory_bytes": pages,
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
+
+
+def _amounts(run: Training[Any, Any]) -> dict[str, Any]:
+    work = flops(run.model.config, run.tokens_total, run.squares_total, trained=run.trained_part)
+    seconds = run.seconds_total
+    peak = _peak(run.config.run.dtype, run.config.run.threads)
+    return {
+        "steps": run.steps_done,
+        "steps_skipped": run.guard.skipped,
+        "tokens": run.tokens_total,
+        "tokens_per_step": round(run.tokens_total / run.steps_done, 1) if run.steps_done else None,
+        "seconds": seconds,
+        "seconds_are": "of training steps; without evaluation and saving",
+        "tokens_per_second": run.tokens_total / seconds if seconds else None,
+        "flops": work,
+        "flops_are": "calculated from sizes, tokens and document lengths",
+        "peak_flops_per_second": peak,
+        "peak_is": f"measured: product of two {_PEAK_SIZE} x {_PEAK_SIZE} matrices, same dtype and threads",
+        "mfu": work / seconds / peak if seconds else None,
+    }
+
+
+@functools.cache
+def _peak(dtype: str, threads: int) -> float:
+    """Measured operations per second of a matrix product; the best of three. ``threads`` are those set now."""
+    matrix = torch.ones((_PEAK_SIZE, _PEAK_SIZE), dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        matrix @ matrix
+        best = max(best, 2.0 * _PEAK_SIZE**3 / (time.perf_counter() - start))
+    return best
+
+
+def _energy(run: Training[Any, Any], stated: RecordConfig) -> dict[str, Any]:
+    threads = run.config.run.threads
+    watts = stated.watts or WATTS_PER_THREAD * threads
+    kwh = watts * run.seconds_total / 3.6e6
+    how = (
+        f"seconds of training times {watts:g} W, as stated in record.watts"
+        if stated.watts
+        else f"seconds of training times an assumed {WATTS_PER_THREAD:g} W for each of {threads} threads; not measured"
+    )
+    return {
+        "kwh_estimated": kwh,
+        "kwh_method": how,
+        "co2_grams_estimated": kwh * stated.co2_grams_per_kwh,
+        "co2_method": f"kWh times {stated.co2_grams_per_kwh:g} g/kWh, from record.co2_grams_per_kwh "
+        "(its default is about the world's average); making the hardware is not counted",
+    }
+
+
+def _state(record: dict[str, Any], stated: RecordConfig) -> None:
+    """Fill the facts about the data that only the user knows; a recipe that knows them has filled them already."""
+    data = record.setdefault("data", {})
+    for name in _STATED:
+        data[name] = getattr(stated, name) or data.get(name)
+
+
+_REASONS = {
+    "software.commit": "not run from a git checkout of the project",
+    "router.specialisation": "not a number of training; `log.jsonl` has the entropy and the drift of the choices",
+    "hardware.processor": "the system does not tell it",
+    "hardware.memory_bytes": "the system does not tell it",
+    "training.tokens_per_step": "no step was trained",
+    "training.tokens_per_second": "no step was trained",
+    "training.mfu": "no step was trained",
+}
+
+
+def _reasons(record: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    queue: list[tuple[str, Any]] = [("", record)]
+    while queue:
+        path, value = queue.pop()
+        if isinstance(value, dict):
+            queue += [(f"{path}.{name}".lstrip("."), one) for name, one in value.items()]
+        elif value is None:
+            found[path] = _reason(path)
+    return dict(sorted(found.items()))
+
+
+def _reason(path: str) -> str:
+    name = path.removeprefix("data.")
+    if name in _STATED:
+        return f"only who made the files knows; state it as record.{name}"
+    return _REASONS.get(path, "not known to the run")

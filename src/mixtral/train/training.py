@@ -1,0 +1,328 @@
+"""What pretraining, SFT and DPO share: a step over parts, the run state, the guards, the routers' health, the record.
+
+A recipe says what its batches are, what a part of one adds to the gradient, and what else belongs to its run state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from mixtral import __version__
+from mixtral.errors import TrainingError
+from mixtral.model import Batch, Documents, Mixtral
+from mixtral.model.batch import Output
+from mixtral.train import checkpoint
+from mixtral.train.config import OptimConfig
+from mixtral.train.health import Probe, RouterHealth
+from mixtral.train.loop import Settings, StepReport
+from mixtral.train.optim import NormGuard, Optimizer, learning_rate
+from mixtral.train.record import write_record
+
+__all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versions", "warn_of_versions"]
+
+# May differ between the saved and the present configuration: they do not change what a step computes before the decay.
+_MAY_CHANGE = {"steps", "epochs", "save_every", "keep_last", "max_position_embeddings"}
+_NOT_OF_THE_OPTIMIZER = ("probe.", "health.")
+
+Saved = tuple[int, dict[str, Tensor], dict[str, Any]]
+"""A run state: its step, tensors and values."""
+
+
+class Part(Protocol):
+    """A part of a step's batch: T tokens of whole documents, one after the other."""
+
+    @property
+    def inputs_T(self) -> Tensor:
+        """Rows of the embedding, int64."""
+        ...
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        ...
+
+
+@dataclass(slots=True)
+class Step:
+    """A step while it is computed. Every term is divided by counts of the whole step, so that parts only need adding.
+
+    ``labelled`` is the sum of the loss weights (of DPO: the number of pairs), ``counts_LE`` the choices so far.
+    """
+
+    labelled: float
+    tokens: int
+    sums: dict[str, float]
+    counts_LE: Tensor
+
+    def share(self, part: Part) -> float:
+        """The part of the step's tokens that a part has."""
+        return part.inputs_T.numel() / self.tokens
+
+    def add(self, **terms: Tensor | float) -> None:
+        """Add to the sums of the step."""
+        for name, value in terms.items():
+            self.sums[name] += float(value.detach() if isinstance(value, Tensor) else value)
+
+    def count(self, out: Output) -> None:
+        """Count the choices of a part; before the balance loss of scope ``global`` is computed."""
+        counts = [
+            torch.bincount(route.picks_TA.reshape(-1), minlength=route.logits_TE.shape[-1]) for route in out.routes
+        ]
+        self.counts_LE = self.counts_LE + torch.stack(counts).to(self.counts_LE.device)
+
+    def loads_LE(self) -> Tensor:
+        """Share of every expert in the choices so far; 1 is even."""
+        return self.counts_LE.float() * (self.counts_LE.shape[1] / self.counts_LE.sum(-1, keepdim=True))
+
+    def balanced_over(self, optim: OptimConfig, part: Part) -> dict[str, Any]:
+        """What ``router_losses`` needs to take the balance loss over the scope of the configuration."""
+        if optim.balance_scope == "sequence":
+            return {"lengths": part.lengths}
+        return {"loads_LE": self.loads_LE()} if optim.balance_scope == "global" else {}
+
+
+def forward(model: Mixtral, part: Part) -> Output:
+    """The model's output for whole documents."""
+    context = Documents(part.lengths)
+    out: Output = model(Batch(part.inputs_T, context.positions_T, context))
+    return out
+
+
+C = TypeVar("C", bound=Settings)
+P = TypeVar("P", bound=Part)
+
+
+class Training(ABC, Generic[C, P]):
+    """One run in one folder: ``step()`` trains a step, ``save()`` commits the state; a new object resumes from it."""
+
+    kind: ClassVar[str]
+    report: ClassVar[type[StepReport]] = StepReport
+    sums: ClassVar[tuple[str, ...]] = ("loss", "balance", "z")
+
+    model: Mixtral
+    optimizer: Optimizer
+
+    def __init__(self, config: C, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.steps_done, self.tokens_total, self.seconds_total = 0, 0, 0.0
+        self.squares_total = 0  # of document lengths: attention's work
+        torch.set_num_threads(config.run.threads)
+
+    def begin(self, model: Mixtral, optimizer: Optimizer, probe: Part, saved: Saved | None) -> None:
+        """The last step of every ``__init__``: take over the saved state, if there is one."""
+        self.model, self.optimizer = model, optimizer
+        sizes = model.config
+        self.health = RouterHealth(sizes.num_hidden_layers, sizes.num_local_experts)
+        self.guard = NormGuard(self.config.optim.skip_norm)
+        self._probe = Probe(probe.inputs_T, probe.lengths)
+        self._loads_LE = torch.ones((sizes.num_hidden_layers, sizes.num_local_experts))
+        if saved is None:
+            self._probe.begin(model)
+            return
+        self.steps_done, tensors, values = saved
+        warn_of_versions(self.folder, values)
+        optimizer.load({n: value for n, value in tensors.items() if not n.startswith(_NOT_OF_THE_OPTIMIZER)})
+        self.tokens_total, self.seconds_total = values["tokens_total"], values["seconds_total"]
+        self.squares_total = values.get("squares_total", 0)
+        guard = values.get("guard", {})
+        self.guard = NormGuard(self.config.optim.skip_norm, guard.get("norms", ()), guard.get("skipped", 0))
+        if "health.starving" in tensors:
+            self.health.starving_LE, self._loads_LE = tensors["health.starving"], tensors["health.loads"]
+        if not self._probe.resume(tensors, values.get("agreement", 1.0)):
+            self._probe.begin(model)
+
+    @abstractmethod
+    def parts(self, step: int) -> list[P]:
+        """The parts of a step's batch."""
+
+    @abstractmethod
+    def weight_of(self, part: P) -> float:
+        """What the part adds to the count by which the loss is divided."""
+
+    @abstractmethod
+    def backward(self, part: P, step: Step) -> None:
+        """Leave the gradients of a part in the parameters, and its terms and choices in ``step``."""
+
+    @abstractmethod
+    def own_values(self) -> dict[str, Any]:
+        """What the run state needs beside the shared values, as plain JSON values."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the run record says about data and model, as plain JSON values."""
+
+    @abstractmethod
+    def validation_loss(self) -> float | None:
+        """The loss on held-out text, None where there is none."""
+
+    def averaged_loss(self) -> float | None:
+        """The validation loss of the averaged weights."""
+        with self.optimizer.averaged():
+            return self.validation_loss()
+
+    def step(self) -> StepReport:
+        """Train the next step.
+
+        Raises:
+            TrainingError: the loss or its gradient is not finite, or a document is too long; nothing was changed.
+        """
+        start = time.monotonic()
+        parts = self.parts(self.steps_done)
+        sizes = self.model.config
+        step = Step(
+            labelled=sum(self.weight_of(part) for part in parts),
+            tokens=sum(part.inputs_T.numel() for part in parts),
+            sums=dict.fromkeys(self.sums, 0.0),
+            counts_LE=torch.zeros((sizes.num_hidden_layers, sizes.num_local_experts), dtype=torch.int64),
+        )
+        for part in parts:
+            self.backward(part, step)
+            self.optimizer.accumulate()
+        rate, norm = self._update(step)
+        seconds = time.monotonic() - start
+        self.steps_done += 1
+        self.tokens_total += step.tokens
+        self.squares_total += sum(length * length for part in parts for length in part.lengths)
+        self.seconds_total += seconds
+        self._loads_LE = step.loads_LE()
+        health = self.health.update(self._loads_LE)
+        if self.steps_done % self.config.run.save_every == 0 or self.steps_done == self.config.run.steps:
+            self._probe.measure(self.model)
+        return self.report(
+            step=self.steps_done,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=step.tokens,
+            seconds=seconds,
+            tokens_total=self.tokens_total,
+            seconds_total=self.seconds_total,
+            agreement=self._probe.agreement,
+            skipped=self.guard.skipped,
+            **health,  # type: ignore[arg-type]
+            **step.sums,
+        )
+
+    def _update(self, step: Step) -> tuple[float, float]:
+        """Learning rate and gradient norm of a step; the masters are changed, unless the gradient is too long."""
+        number = self.steps_done + 1
+        if not all(math.isfinite(value) for value in step.sums.values()):
+            self.optimizer.drop_gradients()
+            values = ", ".join(f"{name} {value}" for name, value in step.sums.items())
+            raise TrainingError(f"step {number}: the loss is not finite ({values}); lower learning_rate")
+        rate = learning_rate(self.config.optim, self.steps_done, self.config.run.steps)
+        limit = self.guard.limit()
+        norm = self.optimizer.step(rate, limit)
+        if not math.isfinite(norm):
+            raise TrainingError(f"step {number}: the gradient is not finite; lower learning_rate")
+        self.guard.note(norm, skipped=norm > limit)
+        return rate, norm
+
+    def save(self) -> Path:
+        """Commit the run state of this moment, and write the run record; the folder the state is in."""
+        values = {
+            "kind": self.kind,
+            "config": self.config.to_dict(),
+            **self.own_values(),
+            "tokens_total": self.tokens_total,
+            "squares_total": self.squares_total,
+            "seconds_total": self.seconds_total,
+            "guard": {"norms": self.guard.norms, "skipped": self.guard.skipped},
+            "agreement": self._probe.agreement,
+            **versions(),
+            "machine": platform.processor() or platform.machine(),
+        }
+        tensors = self.optimizer.state() | {
+            "probe.picks": self._probe.start_LTA,
+            "health.starving": self.health.starving_LE,
+            "health.loads": self._loads_LE,
+        }
+        path = checkpoint.save(self.folder, self.steps_done, tensors, values, keep_last=self.config.run.keep_last)
+        write_record(self.folder, self)
+        return path
+
+    @property
+    def trained_part(self) -> float:
+        """The part of the active parameters that has gradients of its own."""
+        return 1.0
+
+    @property
+    def loads_LE(self) -> Tensor:
+        """Load of every expert in the last step; 1 is even."""
+        return self._loads_LE
+
+    @property
+    def agreement(self) -> float:
+        """The part of the choices on the probe batch that are still those of the start, when last measured."""
+        return self._probe.agreement
+
+
+def versions() -> dict[str, str]:
+    """The software that decides what a step computes, to the bit."""
+    return {"torch": str(torch.__version__), "mixtral": __version__}
+
+
+def warn_of_versions(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Warn if other software saved the state. One written before a version was saved in it says nothing about it."""
+    others = [f"{name} {saved[name]} (now {now})" for name, now in versions().items() if saved.get(name, now) != now]
+    if others:
+        warnings.warn(
+            f"{folder}: the state was saved by {' and '.join(others)}; going on may not give bitwise the same result",
+            stacklevel=5,
+        )
+
+
+def open_state(folder: Path, config: Settings, kind: str) -> Saved | None:
+    """The newest state in a folder, if it is one of the same recipe and configuration; None where there is none.
+
+    Raises:
+        TrainingError: it is of another run, or all states are damaged.
+    """
+    saved = checkpoint.load_latest(folder)
+    if saved is None:
+        return None
+    found = saved[2].get("kind", "pretrain")
+    if found != kind:
+        raise TrainingError(f"{folder}: holds a run of {found}, not of {kind}; choose another folder")
+    _check_same(config, saved[2]["config"])
+    return saved
+
+
+def _check_same(config: Settings, saved: Mapping[str, Any]) -> None:
+    now = config.to_dict()
+    for table, values in now.items():
+        if table == "record":
+            continue
+        before = saved.get(table)
+        if (values is None) != (before is None):
+            raise TrainingError(
+                f"the run was started {'with' if before else 'without'} the table {table}; "
+                "resume with the old configuration or start in a new folder",
+                param=table,
+            )
+        for name, value in (values or {}).items():
+            # What a state does not name came later than it; until then everything was as its default is now.
+            old = (before or {}).get(name, _default(config, table, name))
+            if name not in _MAY_CHANGE and old != value:
+                raise TrainingError(
+                    f"{table}.{name} is {value!r}, but the run was started with {old!r}; "
+                    "resume with the old value or start in a new folder",
+                    param=name,
+                )
+
+
+def _default(config: Settings, table: str, name: str) -> Any:
+    own = getattr(config, table)
+    found = [field.default for field in dataclasses.fields(own) if field.name == name]
+    return None if not found or found[0] is dataclasses.MISSING else found[0]
