@@ -50,6 +50,11 @@ class Matrices:
                 holders = [region(name, shapes[name], mesh.axes, place) for place in mesh.axes.places()]
                 self._pieces[name] = [_shared(name, box, holders, next(turns)) for box in _matrices(own.shape)]
 
+    def size(self, name: str) -> tuple[int, int]:
+        """Rows and columns of the whole matrices of a parameter."""
+        rows, columns = self._own[name].shape[-2:]
+        return rows, columns
+
     def batches(self) -> Iterator[tuple[str, ...]]:
         """All names, in batches that are worth an exchange."""
         batch: list[str] = []

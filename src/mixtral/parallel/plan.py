@@ -178,8 +178,10 @@ def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def region(name: str, shape: tuple[int, ...], axes: Axes, place: Place) -> Region:
     """The part of a parameter of the whole model (its ``shape``, not stored) that the rank at ``place`` holds."""
-    split = _split_of(name)
     part = Region.whole(stored_shape(name, shape))
+    if axes.world == 1:
+        return part
+    split = _split_of(name)
     if split.expert is not None:
         part = part.split(split.expert, axes.ep, place.expert)
     if split.tensor is not None:

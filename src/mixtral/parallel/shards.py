@@ -44,11 +44,16 @@ class Shards:
 
     def fill(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Take this rank's part of every whole parameter."""
+        self.forget_whole()
         with torch.no_grad():
             for name, whole in values:
                 own, where = local_part(self.parts[name]), self.regions[name]
                 stored = whole.view(where.shape)
                 own.copy_(stored[where.within(Region.whole(where.shape))].reshape(own.shape))
+
+    def forget_whole(self) -> None:
+        """Before parts are written: what a forward pass without gradients brought together is of the old values."""
+        cast(FSDPModule, self.model).reshard()
 
     def add_replicas(self, gradients: Mapping[str, Tensor]) -> None:
         """Finish gradients that FSDP has not: routers are added over data ranks, and what several ranks of tp hold

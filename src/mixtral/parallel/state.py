@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtral.errors import TrainingError
-from mixtral.parallel.plan import Region, stored_shape
+from mixtral.parallel.mesh import Mesh
+from mixtral.parallel.plan import Region, Shapes, is_owner, region, stored_shape
 
-__all__ = ["INDEX", "WHOLE", "Piece", "StateFiles", "index_of", "part_name", "write_part"]
+__all__ = ["INDEX", "WHOLE", "Piece", "StateFiles", "box_of", "index_of", "part_name", "pieces_of", "write_part"]
 
 INDEX, WHOLE = "index.json", "state.safetensors"
 _PIECES = "pieces"
@@ -46,6 +47,31 @@ class _Tensor:
 def part_name(rank: int) -> str:
     """The file of a rank."""
     return f"state-rank{rank:03d}.safetensors"
+
+
+def box_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> Region | None:
+    """The part of a tensor of a run state that a rank needs, None for all of it.
+
+    What belongs to a parameter is called by its name after a word such as ``master.``.
+    """
+    parameter = name.partition(".")[2]
+    if mesh.is_alone or not parameter.startswith(("model.", "lm_head.")):
+        return None
+    return region(parameter, shape, mesh.axes, mesh.place)
+
+
+def pieces_of(tensors: Mapping[str, Tensor], shapes: Shapes, mesh: Mesh) -> dict[str, Piece]:
+    """What a rank writes of the tensors of a run state: of parameters the part that it owns; the first one the rest."""
+    pieces = {}
+    for name, values in tensors.items():
+        parameter = name.partition(".")[2]
+        if parameter in shapes:
+            if is_owner(parameter, mesh.place):
+                box = region(parameter, shapes[parameter], mesh.axes, mesh.place)
+                pieces[name] = Piece(values, shapes[parameter], box)
+        elif mesh.is_first:
+            pieces[name] = Piece(values, tuple(values.shape), Region.whole(tuple(values.shape)))
+    return pieces
 
 
 def write_part(path: Path, pieces: Mapping[str, Piece]) -> None:
@@ -113,7 +139,7 @@ class StateFiles:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, wanted: Mapping[str, Region | None]) -> dict[str, Tensor]:
-        """The boxes of some tensors, each in the shape of its box; for None the whole tensor, in its own shape.
+        """The boxes of some tensors, for None the whole tensor; gate and up rows are in one dimension again.
 
         Every file is opened once, and of a tensor only what is needed is read.
 
@@ -142,7 +168,7 @@ class StateFiles:
                         if values.dtype != found[name].dtype:
                             found[name] = found[name].to(values.dtype)
                         found[name][common.within(box)] = values.reshape(common.size)
-        return {name: v.reshape(self._tensors[name].shape) if wanted[name] is None else v for name, v in found.items()}
+        return {n: v.flatten(1, 2) if v.dim() > len(self._tensors[n].shape) else v for n, v in found.items()}
 
 
 def _read(held: Any, part: tuple[slice, ...]) -> Tensor:

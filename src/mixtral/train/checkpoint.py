@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,7 @@ from torch import Tensor
 
 from mixtral.errors import TrainingError
 from mixtral.parallel.mesh import Mesh, alone
-from mixtral.parallel.plan import Region
-from mixtral.parallel.state import INDEX, WHOLE, Piece, StateFiles, index_of, part_name, write_part
+from mixtral.parallel.state import INDEX, WHOLE, Piece, StateFiles, box_of, index_of, part_name, write_part
 
 if sys.platform != "win32":
     import fcntl
@@ -172,13 +171,10 @@ def _together(mesh: Mesh, message: str) -> Iterator[None]:
         raise TrainingError(message.format(reason or "another rank says why")) from None
 
 
-def load_latest(
-    folder: Path, *, mesh: Mesh | None = None, box_of: Callable[[str], Region | None] = lambda name: None
-) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+def load_latest(folder: Path, *, mesh: Mesh | None = None) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """The newest whole state: its step, tensors and values; None where none was ever saved.
 
-    However many ranks wrote it. All ranks of a ``mesh`` call this together; ``box_of`` says which part of a tensor this
-    one needs, None for all of it.
+    However many ranks wrote it. All ranks of a ``mesh`` call this together, and each gets its parts of the parameters.
 
     Warns:
         UserWarning: newer states are damaged and were passed over.
@@ -202,7 +198,7 @@ def load_latest(
             with _together(mesh, message):
                 values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
                 files = StateFiles(path)
-                tensors = files.read({name: box_of(name) for name in files.shapes})
+                tensors = files.read({name: box_of(name, shape, mesh) for name, shape in files.shapes.items()})
             return _step_of(path), tensors, values
         damaged.append(f"{path.name} ({damage or 'as another rank sees it'})")
     if damaged:
