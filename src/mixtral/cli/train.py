@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mixtral.cli import output
+from mixtral.cli import output, ranks
 
 if TYPE_CHECKING:
     from mixtral.train.pretrain import StepReport
@@ -30,6 +30,7 @@ def pretrain(
     max_seconds: Annotated[
         float | None, typer.Option("--max-seconds", min=0.0, help="Save and end after this time; default: no limit.")
     ] = None,
+    parallel: Annotated[str | None, typer.Option("--parallel", metavar="AXES", help=ranks.HELP)] = None,
 ) -> None:
     """Train from nothing, or go on with a run. Ctrl-C or SIGTERM ends it after the step, saved."""
     from mixtral.train.config import read_pretrain_config
@@ -37,16 +38,24 @@ def pretrain(
 
     settings = read_pretrain_config(config)
     out.mkdir(parents=True, exist_ok=True)
+    arguments = ["train", "pretrain", str(config), "--out", str(out), "--parallel", parallel or ""]
+    arguments += [] if max_seconds is None else ["--max-seconds", str(max_seconds)]
     with Stop.on_signals() as stop:
+        if ranks.launched_ranks(parallel, arguments, lambda: stop.wanted):
+            return
         progress = Progress(settings.run.steps, stop)
-        run = train(
-            settings,
-            out,
-            on_step=progress.show,
-            on_validation=progress.show_validation,
-            max_seconds=max_seconds,
-            stopping=lambda: stop.wanted,
-        )
+        with ranks.joined(parallel) as (mesh, is_orphan):
+            run = train(
+                settings,
+                out,
+                on_step=progress.show,
+                on_validation=progress.show_validation,
+                max_seconds=max_seconds,
+                stopping=lambda: stop.wanted or is_orphan(),
+                mesh=mesh,
+            )
+    if not mesh.is_first:
+        return
     steps = settings.run.steps
     rest = "" if run.steps_done >= steps else f" of {steps}; the same command goes on from here"
     output.say(f"{out}: {run.steps_done} steps, {run.tokens_total:,} tokens{rest}")

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from mixtral.errors import ConfigError, TrainingError
 from mixtral.parallel.plan import Axes, Place
 
-__all__ = ["STORE", "Mesh", "alone", "in_a_launch", "join", "over"]
+__all__ = ["STORE", "Mesh", "alone", "in_a_launch", "join", "over", "rank_variables"]
 
 STORE = "MIXTRAL_STORE"
 """Launcher variable: the file in a private folder through which the ranks of one machine find each other."""
@@ -91,6 +91,17 @@ def in_a_launch() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def rank_variables(rank: int, world: int, store: Path) -> dict[str, str]:
+    """The environment of one of the ranks of this machine, as a launcher hands it over."""
+    return os.environ | {
+        "RANK": f"{rank}",
+        "LOCAL_RANK": f"{rank}",
+        "WORLD_SIZE": f"{world}",
+        "LOCAL_WORLD_SIZE": f"{world}",
+        STORE: f"{store}",
+    }
+
+
 @contextmanager
 def join(axes: Axes, *, device: str | None = None, timeout_s: float = 600.0) -> Iterator[Mesh]:
     """Meet the other ranks; leave them at the end. NCCL on accelerators, gloo on the CPU.
@@ -100,7 +111,7 @@ def join(axes: Axes, *, device: str | None = None, timeout_s: float = 600.0) -> 
 
     Raises:
         ConfigError: a launcher variable is missing, or it started another number of processes than the axes need.
-        TrainingError: the ranks cannot meet.
+        TrainingError: the ranks cannot meet, or lost each other on the way.
     """
     rank, world, local = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if world != axes.world:
@@ -119,7 +130,15 @@ def join(axes: Axes, *, device: str | None = None, timeout_s: float = 600.0) -> 
         )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"rank {rank} of {world} cannot meet the others: {error}") from None
-    yield over(axes, rank, own)
+    try:
+        yield over(axes, rank, own)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError(
+            f"rank {rank} of {world} lost another rank, or waited for it longer than {timeout_s:.0f} s; "
+            f"start again from the last state ({str(error).splitlines()[0]})"
+        ) from None
     # Not after an error: the others may be waiting in the middle of a collective, and the end of the process ends that.
     dist.destroy_process_group()
 
