@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class RouterHealth:
     def __init__(self, layers: int, experts: int) -> None:
         self.starving_LE = torch.zeros((layers, experts), dtype=torch.int64)
 
-    def update(self, loads_LE: Tensor) -> dict[str, float]:
+    def update(self, loads_LE: Tensor) -> dict[str, Any]:
         """Take in a step's loads (1 is even); the figures of the step by their names in ``StepReport``.
 
         Warns:
@@ -42,7 +43,7 @@ class RouterHealth:
                 stacklevel=3,
             )
         shares_LE = loads_LE.double() / loads_LE.shape[1]
-        entropy_L = -torch.special.xlogy(shares_LE, shares_LE).sum(-1) / math.log(loads_LE.shape[1])
+        entropy_L = -torch.special.xlogy(shares_LE, shares_LE).sum(-1) / math.log(max(2, loads_LE.shape[1]))
         return {
             "load_max": float(loads_LE.max()),
             "load_min": float(loads_LE.min()),

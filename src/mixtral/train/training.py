@@ -222,7 +222,7 @@ class Training(ABC, Generic[C, P]):
             seconds_total=self.seconds_total,
             agreement=self._probe.agreement,
             skipped=self.guard.skipped,
-            **health,  # type: ignore[arg-type]
+            **health,
             **step.sums,  # type: ignore[arg-type]
         )
 

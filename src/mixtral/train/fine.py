@@ -1,0 +1,175 @@
+"""What SFT and DPO share: a model from a folder, trained as a whole or by an adapter, and files of the user."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from mixtral.adapters import Adapter, attach
+from mixtral.desk.source import Source
+from mixtral.errors import ConfigError, TrainingError
+from mixtral.train.data import TokenBatch
+from mixtral.train.lines import Doc, Lines
+from mixtral.train.loop import StepReport
+from mixtral.train.optim import Optimizer
+from mixtral.train.start import Start, fingerprint, load_start
+from mixtral.train.training import Part, Saved, Training, open_state
+from mixtral.train.tune import TuneConfig
+
+__all__ = ["FineTuning", "token_batch"]
+
+_PROBE_TOKENS = 512
+
+K = TypeVar("K", bound=TuneConfig)
+P = TypeVar("P", bound=Part)
+T = TypeVar("T")
+
+
+def token_batch(start: Start, docs: Sequence[Doc]) -> TokenBatch:
+    """Documents laid end to end; tokens that are not learnt have weight 0."""
+    inputs_T = torch.cat([start.rows(doc.ids[:-1].tolist()) for doc in docs])
+    labels_T = torch.cat([start.rows(doc.ids[1:].tolist()) for doc in docs])
+    own_T = torch.cat([torch.from_numpy(doc.trained[1:].copy()) for doc in docs])
+    weights_T = torch.cat([torch.full((len(doc.ids) - 1,), doc.weight) for doc in docs])
+    return TokenBatch(inputs_T, labels_T, weights_T * own_T, own_T, tuple(len(doc.ids) - 1 for doc in docs))
+
+
+class FineTuning(Training[K, P], Generic[K, P, T]):
+    """A run on lines of a file. ``base`` is the folder or GGUF file that ``config.model`` names."""
+
+    def __init__(self, config: K, folder: Path, base: Path) -> None:
+        super().__init__(config, folder)
+        saved = open_state(folder, config, self.kind)
+        self.base_sha256 = fingerprint(base)
+        full = config.adapter is None
+        self.start: Start = load_start(base, dtype=config.run.dtype, full=full)
+        limit = self.start.model.config.max_position_embeddings
+        if config.data.max_tokens > limit:
+            raise ConfigError(
+                f"max_tokens is {config.data.max_tokens}; the model has {limit} positions", param="max_tokens"
+            )
+        self.lines, self.held_out, self.data_sha256 = self._read_files()
+        if config.data.documents_per_step > len(self.lines.kept):
+            raise ConfigError(
+                f"documents_per_step is {config.data.documents_per_step}, but there are {len(self.lines.kept)} in all",
+                param="documents_per_step",
+            )
+        self.config = config.with_steps(len(self.lines.kept))
+        self._check_same_files(saved)
+        self.adapter: Adapter | None = None
+        if config.adapter is not None:
+            self.adapter = attach(self.start.model, config.adapter.lora())
+        trained = self.start.model if self.adapter is None else dict(self.adapter.named_parameters())
+        self.model = self.start.model
+        optimizer = Optimizer(trained, self.config.optim, self.start.masters)
+        self.start.masters.clear()  # the optimizer has its own
+        self.prepare()
+        self.begin(self.model, optimizer, self._probe_batch(), saved)
+
+    @abstractmethod
+    def read(self, path: Path, held_out_percent: int) -> Lines[T]:
+        """Read a file of the recipe's kind."""
+
+    @abstractmethod
+    def documents(self, item: T) -> list[Doc]:
+        """The documents of an item."""
+
+    def prepare(self) -> None:
+        """What has to be done while the model is still the one that the run starts from."""
+
+    def step(self) -> StepReport:
+        """Train the next step; what dropout leaves out depends on the seed and the step alone."""
+        if self.config.adapter is None or not self.config.adapter.dropout:
+            return super().step()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(Source("dropout", self.config.run.seed, self.steps_done).below(1 << 32))
+            return super().step()
+
+    def own_values(self) -> dict[str, Any]:
+        """What identifies data and base, and what an export needs beside the trained tensors."""
+        rows = self.start.row_of_id
+        return {
+            "data_sha256": self.data_sha256,
+            "base_sha256": self.base_sha256,
+            "model": self.model.config.to_dict(),
+            "tokenizer": self.start.tokenizer.version,
+            "vocab_size": self.start.tokenizer.vocab_size,
+            "trained_ids": None if rows is None else torch.nonzero(rows != rows.max()).flatten().tolist(),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Of data, what their files tell; of the model, where it comes from."""
+        config, lines = self.config, self.lines
+        numbers = [] if self.adapter is None else self.adapter.table()
+        return {
+            "seeds": {"run": config.run.seed, "order": config.data.seed},
+            "base": {"path": config.model.path, "fingerprint": self.base_sha256},
+            "trained": {
+                "what": "all weights" if self.adapter is None else "a low-rank adapter",
+                "adapter": None if config.adapter is None else dataclasses.asdict(config.adapter),
+                "parameters": sum(master.numel() for master in self.optimizer.masters.values()),
+                "tensors": len(numbers) or len(self.optimizer.masters),
+            },
+            "data": {
+                "files": [name for name in (config.data.train, config.data.validation) if name],
+                "sha256": self.data_sha256,
+                "lines": lines.lines,
+                "examples": len(lines.kept),
+                "held_out": len(self.held_out),
+                "tokens": lines.tokens,
+                "tokens_learnt": lines.trained,
+                "cut": lines.cut,
+                "dropped_as_too_long": lines.dropped,
+                "repeated_lines": lines.repeated,
+                "deduplication": "none by the run; repeated_lines counts what is equal",
+                "mixture": "that of the file",
+                "epochs": self.steps_done * config.data.documents_per_step / len(lines.kept),
+            },
+            "training": {
+                "examples_per_step": config.data.documents_per_step,
+                "tokens_per_part": config.data.tokens_per_part,
+                "longest_document": config.data.max_tokens,
+                "packing": "whole documents end to end; attention and positions stay in a document",
+            },
+        }
+
+    @property
+    def trained_part(self) -> float:
+        """1, or with an adapter 0: its own products are not counted."""
+        return 1.0 if self.adapter is None else 0.0
+
+    def _read_files(self) -> tuple[Lines[T], list[T], str]:
+        data = self.config.data
+        lines = self.read(Path(data.train), data.held_out_percent)
+        if not data.validation:
+            return lines, lines.held_out, lines.sha256
+        others = self.read(Path(data.validation), 0)
+        return lines, others.kept, f"{lines.sha256} {others.sha256}"
+
+    def _check_same_files(self, saved: Saved | None) -> None:
+        for name, now, what in (("data", self.data_sha256, "data"), ("base", self.base_sha256, "model")):
+            before = now if saved is None else saved[2][f"{name}_sha256"]
+            if before != now:
+                raise TrainingError(
+                    f"{self.folder}: the run was started with other {what} (sha256 {before[:12]}, now {now[:12]}); "
+                    "bring the old files back, or start in a new folder"
+                )
+
+    def _probe_batch(self) -> TokenBatch:
+        docs: list[Doc] = []
+        for item in [*self.held_out[:100], *self.lines.kept[:100]]:
+            docs += self.documents(item)
+            if sum(len(doc.ids) for doc in docs) >= _PROBE_TOKENS:
+                break
+        return token_batch(self.start, docs)
+
+    def answers(self, hidden_TD: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, labels and weights of the tokens that are learnt: the head need not see the others."""
+        index = torch.nonzero(part.own_T).flatten()
+        return hidden_TD.index_select(0, index), part.labels_T[index], part.weights_T[index]

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning on the user's conversations and texts: all of the weights, or an adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mixtral.ops import head_cross_entropy
+from mixtral.train import checkpoint
+from mixtral.train.data import TokenBatch
+from mixtral.train.fine import FineTuning, token_batch
+from mixtral.train.lines import Doc, Lines, read_texts
+from mixtral.train.loop import StepReport, drive
+from mixtral.train.losses import router_losses
+from mixtral.train.order import in_parts, of_step
+from mixtral.train.training import Step, forward
+from mixtral.train.tune import SftConfig
+
+__all__ = ["Sft", "sft"]
+
+
+class Sft(FineTuning[SftConfig, TokenBatch, Doc]):
+    """A run on documents: the assistant's turns with their ends, and plain text, are learnt."""
+
+    kind = "sft"
+
+    def read(self, path: Path, held_out_percent: int) -> Lines[Doc]:
+        """Read a file of conversations and texts."""
+        limit = self.config.data.max_tokens
+        return read_texts(path, self.start, max_tokens=limit, held_out_percent=held_out_percent)
+
+    def documents(self, item: Doc) -> list[Doc]:
+        """The document itself."""
+        return [item]
+
+    def parts(self, step: int) -> list[TokenBatch]:
+        """The parts of a step's batch: the same documents whatever the size of parts."""
+        data = self.config.data
+        numbers = of_step(data.seed, step, len(self.lines.kept), data.documents_per_step)
+        return self._parts([self.lines.kept[number] for number in numbers])
+
+    def _parts(self, docs: list[Doc]) -> list[TokenBatch]:
+        cut = in_parts(docs, lambda doc: len(doc.ids) - 1, self.config.data.tokens_per_part)
+        return [token_batch(self.start, part) for part in cut]
+
+    def weight_of(self, part: TokenBatch) -> float:
+        """The sum of the loss weights."""
+        return float(part.weights_T.double().sum())
+
+    def backward(self, part: TokenBatch, step: Step) -> None:
+        """Cross entropy of the tokens that are learnt, over those of the whole step."""
+        out = forward(self.model, part)
+        hidden_TD, labels_T, weights_T = self.answers(out.hidden_TD, part)
+        head = self.model.lm_head.weight
+        copies = self.start.copies_of_last
+        loss, _ = head_cross_entropy(hidden_TD, head, labels_T, weights_T / step.labelled, copies_of_last=copies)
+        optim = self.config.optim
+        step.count(out)
+        balance, z = router_losses(out.routes, **step.balanced_over(optim, part))
+        share = step.share(part)
+        (loss + share * (optim.balance_coef * balance + optim.z_coef * z)).backward()  # type: ignore[no-untyped-call]
+        step.add(loss=loss, balance=share * balance, z=share * z)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float | None:
+        """Mean cross entropy, in nats, of the learnt tokens of the held-out documents."""
+        total = weight = 0.0
+        for part in self._parts(self.held_out):
+            hidden_TD, labels_T, weights_T = self.answers(forward(self.model, part).hidden_TD, part)
+            head = self.model.lm_head.weight
+            loss, _ = head_cross_entropy(hidden_TD, head, labels_T, weights_T, copies_of_last=self.start.copies_of_last)
+            total, weight = total + float(loss), weight + self.weight_of(part)
+        return total / weight if weight else None
+
+
+def sft(
+    config: SftConfig,
+    folder: Path,
+    base: Path,
+    *,
+    on_ready: Callable[[Sft], None] = lambda run: None,
+    on_step: Callable[[StepReport], None],
+    on_validation: Callable[[int, float], None] = lambda step, loss: None,
+    max_seconds: float | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Sft:
+    """Fine-tune the model at ``base`` to the end of the configuration; see ``loop.drive`` for logging and stopping.
+
+    Every line of the data is checked first. ``on_ready`` gets the run before its first step. Called again with the same
+    folder it goes on where it stopped, with bitwise the same result as one run without a stop.
+
+    Raises:
+        BadLinesError: lines of the data cannot be trained; nothing was.
+        TrainingError: the run cannot start or go on, or the last state could not be saved.
+        ConfigError, CheckpointError: the model cannot be loaded or trained in this way.
+    """
+    started = time.monotonic()
+    with checkpoint.exclusive(folder):
+        run = Sft(config, folder, base)
+        on_ready(run)
+        drive(
+            run,
+            on_step=on_step,
+            on_validation=on_validation,
+            max_seconds=max_seconds,
+            stopping=stopping,
+            started=started,
+        )
+    return run
