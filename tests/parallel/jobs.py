@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import unittest.mock
+
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from mixtral import ops
 from mixtral.config import MixtralConfig
 from mixtral.model import Batch, Documents, Mixtral, initial_values, initialise
-from mixtral.ops import head_cross_entropy
-from mixtral.parallel.head import split_cross_entropy
+from mixtral.ops import Route, head_cross_entropy
+from mixtral.parallel import tensor
+from mixtral.parallel.expert import SplitExperts
+from mixtral.parallel.head import HeadPart, split_cross_entropy
 from mixtral.parallel.mesh import Mesh
 from mixtral.parallel.plan import Region
 from mixtral.parallel.shards import Shards, build, local_part
+from mixtral.train.config import OptimConfig
+from mixtral.train.optim import Optimizer
 
 CONFIG = MixtralConfig(
     vocab_size=97,
@@ -137,3 +145,127 @@ def values_of(mesh: Mesh) -> int:
     shards = build(CONFIG, mesh, dtype=torch.float32)
     shards.fill(initial_values(Mixtral(CONFIG, device="meta"), seed=1))
     return sum(local_part(part).numel() for part in shards.parts.values())
+
+
+def head(mesh: Mesh, rows: int, tokens: int) -> tuple[float, float, float, float]:
+    """Errors of loss, log-probabilities and both gradients of the split cross entropy."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden, head_RD = torch.randn((tokens, 16), generator=generator), torch.randn((rows, 16), generator=generator)
+    labels, weights = (
+        torch.randint(0, rows - 1, (tokens,), generator=generator),
+        torch.rand(tokens, generator=generator),
+    )
+    wholes = [value.clone().requires_grad_() for value in (hidden, head_RD)]
+    expected, logprobs = head_cross_entropy(wholes[0], wholes[1], labels, weights, copies_of_last=9)
+    (2 * expected).backward()
+    box = Region.whole((rows, 16)).split(0, mesh.axes.tp, mesh.place.tensor)
+    part = HeadPart(mesh.group("tp"), rows, box.start[0], box.size[0])
+    own = [hidden.clone().requires_grad_(), head_RD[box.within(Region.whole(box.shape))].clone().requires_grad_()]
+    loss, found = split_cross_entropy(own[0], own[1], labels, weights, part=part, copies_of_last=9)
+    (2 * loss).backward()
+    rows_grad = own[1].grad
+    assert own[0].grad is not None
+    assert wholes[0].grad is not None
+    assert wholes[1].grad is not None
+    assert rows_grad is not None
+    mine = wholes[1].grad[box.within(Region.whole(box.shape))]
+    return (
+        float((loss - expected).detach().abs()),
+        float((found - logprobs).abs().max()),
+        float((own[0].grad - wholes[0].grad).abs().max()),
+        float((rows_grad - mine).abs().max()) if mine.numel() else 0.0,
+    )
+
+
+def experts(mesh: Mesh, tokens: list[int], first: list[int]) -> dict[str, float]:
+    """Errors of a layer of split experts. ``tokens`` of every rank; they choose experts from ``first`` on."""
+    generator = torch.Generator().manual_seed(3)
+    count, width, hidden = CONFIG.num_local_experts, CONFIG.hidden_size, CONFIG.intermediate_size
+    gate_up = torch.randn((count, 2 * hidden, width), generator=generator) * 0.2
+    down = torch.randn((count, width, hidden), generator=generator) * 0.2
+    every = []
+    for number, start in zip(tokens, first, strict=True):
+        x = torch.randn((number, width), generator=generator)
+        picks = torch.stack([torch.arange(number) % (count - start), torch.arange(1, number + 1) % (count - start)], 1)
+        every.append((x, picks + start, torch.rand((number, 2), generator=generator)))
+    upstream = [torch.randn((n, width), generator=generator) for n in tokens]
+    whole = [torch.cat([one[i] for one in every]) for i in range(3)]
+    leaves = [whole[0].requires_grad_(), whole[2].requires_grad_(), gate_up.requires_grad_(), down.requires_grad_()]
+    out = ops.experts(leaves[0], whole[1], leaves[1], leaves[2], leaves[3])
+    out.backward(torch.cat(upstream))
+    split = SplitExperts(CONFIG, mesh.group("ep"), hidden, device="cpu", dtype=torch.float32)
+    own = count // mesh.axes.ep
+    mine = slice(mesh.place.expert * own, (mesh.place.expert + 1) * own)
+    with torch.no_grad():
+        split.gate_up_proj.copy_(gate_up[mine])
+        split.down_proj.copy_(down[mine])
+    x, picks, weights = every[mesh.place.data]
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
+    made = split(x, Route(torch.zeros((len(x), count)), picks, weights))
+    made.backward(upstream[mesh.place.data])
+    begin = sum(tokens[: mesh.place.data])
+    rows = slice(begin, begin + len(x))
+    pairs = {
+        "out": (made.detach(), out.detach()[rows]),
+        "x": (x.grad, leaves[0].grad[rows]),
+        "weights": (weights.grad, leaves[1].grad[rows]),
+        "gate_up": (split.gate_up_proj.grad, leaves[2].grad[mine]),
+        "down": (split.down_proj.grad, leaves[3].grad[mine]),
+    }
+    assert all(a is not None and a.shape == b.shape for a, b in pairs.values())
+    return {name: float((a - b).abs().max()) if b.numel() else 0.0 for name, (a, b) in pairs.items()}
+
+
+def muon(mesh: Mesh, steps: int) -> dict[str, float]:
+    """Largest difference of the masters after some steps with the same gradients, relative to the largest change."""
+    config = OptimConfig(learning_rate=1e-2, clip_norm=0.5)
+    whole, shards = reference(), build(CONFIG, mesh, dtype=torch.float32)
+    fill(shards, whole)
+    one, several = Optimizer(whole, config), Optimizer(shards.model, config, shards=shards)
+    start = {name: master.clone() for name, master in one.masters.items()}
+    generator = torch.Generator().manual_seed(4)
+    norms = []
+    for _ in range(steps):
+        for name, parameter in whole.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            where = shards.regions[name]
+            own = parameter.grad.view(where.shape)[where.within(Region.whole(where.shape))]
+            # A router's gradient is added up over data ranks, and what ranks of tp have alike is averaged.
+            several._grads[name] = own.reshape(several.masters[name].shape).clone()
+            if name.endswith("mlp.gate.weight"):
+                several._grads[name] /= mesh.axes.dp
+        one.accumulate()
+        norms.append(one.step(1e-2) / several.step(1e-2) - 1)
+    assert max(map(abs, norms)) < 1e-6, norms
+    found = {}
+    for name, master in one.masters.items():
+        where = shards.regions[name]
+        wanted = master.view(where.shape)[where.within(Region.whole(where.shape))].reshape(several.masters[name].shape)
+        moved = (master - start[name]).abs().max()
+        found[name] = float((several.masters[name] - wanted).abs().max() / moved) if wanted.numel() else 0.0
+    return found
+
+
+def averaged_gradients(mesh: Mesh) -> tuple[float, dict[str, float], float]:
+    """The fault of many frameworks: gradients divided by the number of ranks."""
+    whole, parts = reference(), documents()
+    loss_of(whole, parts, 100.0).backward()
+    shards = build(CONFIG, mesh, dtype=torch.float32)
+    for module in shards.model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(float(mesh.axes.dp))
+    fill(shards, whole)
+    loss_of(shards.model, parts[mesh.place.data :: mesh.axes.dp], 100.0, shards).backward()
+    found = gradients_of(shards)
+    return 0.0, worst(shards, found, whole), shards.norm(found) / norm_of(whole) - 1
+
+
+def split_router(mesh: Mesh) -> dict[str, float]:
+    """The fault of several frameworks under tensor parallelism: a rank's own part of the router's gradient alone."""
+    whole, parts = reference(), documents()
+    loss_of(whole, parts, 100.0).backward()
+    shards = build(CONFIG, mesh, dtype=torch.float32)
+    fill(shards, whole)
+    with unittest.mock.patch.object(tensor, "enter", lambda group, *values: values):
+        loss_of(shards.model, parts, 100.0, shards).backward()
+    return worst(shards, gradients_of(shards), whole)

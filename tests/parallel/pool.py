@@ -10,11 +10,11 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 60.0
+WAIT_S = 40.0
 Meshes = dict[str, Any]
 
 
@@ -22,13 +22,18 @@ class Ranks:
     """``ranks("jobs:name", axes, ...)`` calls ``name(mesh, ...)`` on every rank and gives the list of results."""
 
     def __init__(self, world: int, folder: Path) -> None:
-        self.world = world
+        self.world, self._folder = world, folder
+        self._start()
+
+    def _start(self) -> None:
         start = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(world):
+        (self._folder / "store").unlink(missing_ok=True)
+        for rank in range(self.world):
             ours, theirs = start.Pipe()
-            process = start.Process(target=_serve, args=(theirs, rank, world, str(folder / "store")), daemon=True)
+            arguments = (theirs, rank, self.world, str(self._folder / "store"))
+            process = start.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -37,21 +42,29 @@ class Ranks:
     def __call__(self, job: str, axes: str, *arguments: Any) -> list[Any]:
         for pipe in self._pipes:
             pipe.send((job, axes, arguments))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(WAIT_S):
-                raise TimeoutError(f"rank {rank} does not answer")
-            answers.append(pipe.recv())
-        for rank, (fine, value) in enumerate(answers):
-            if not fine:
-                raise AssertionError(f"rank {rank}: {value}")
-        return [value for _, value in answers]
+        answers: dict[int, tuple[bool, Any]] = {}
+        patience = WAIT_S
+        while len(answers) < self.world:
+            waiting = [rank for rank in range(self.world) if rank not in answers]
+            ready = wait([self._pipes[rank] for rank in waiting], patience)
+            if not ready:
+                break
+            for rank in waiting:
+                if self._pipes[rank] in ready:
+                    answers[rank] = self._pipes[rank].recv()
+                    patience = WAIT_S if answers[rank][0] else 1.0  # the others wait for the one that failed
+        wrong = [f"rank {rank}: {value}" for rank, (fine, value) in answers.items() if not fine]
+        if wrong or len(answers) < self.world:
+            self.end(at_once=True)
+            self._start()
+            raise AssertionError("\n".join(wrong) or f"only ranks {sorted(answers)} answered")
+        return [answers[rank][1] for rank in range(self.world)]
 
-    def end(self) -> None:
+    def end(self, *, at_once: bool = False) -> None:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(5)
+            process.join(0 if at_once else 5)
             if process.is_alive():
                 process.kill()
                 process.join()

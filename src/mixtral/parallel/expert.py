@@ -91,7 +91,7 @@ class SplitExperts(Experts):
         ones_N1 = torch.ones_like(plan.experts_N1, dtype=torch.float32)
         made_ND = ops.experts(came_ND, plan.experts_N1, ones_N1, self.gate_up_proj, self.down_proj)
         back = exchange(made_ND, plan.receive, plan.send, self.group)
-        out_TAD = ops.gather_rows(back, plan.inverse, plan.order).view(tokens, choices, -1)
+        out_TAD = ops.gather_rows(back, plan.inverse, plan.order).view(tokens, choices, x_TD.shape[1])
         return (out_TAD.float() * route.weights_TA[..., None]).sum(1).to(x_TD.dtype)
 
     @torch.no_grad()
