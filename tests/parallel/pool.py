@@ -51,7 +51,10 @@ class Ranks:
                 break
             for rank in waiting:
                 if self._pipes[rank] in ready:
-                    answers[rank] = self._pipes[rank].recv()
+                    try:
+                        answers[rank] = self._pipes[rank].recv()
+                    except (EOFError, OSError):
+                        answers[rank] = (False, "died")
                     patience = WAIT_S if answers[rank][0] else 1.0  # the others wait for the one that failed
         wrong = [f"rank {rank}: {value}" for rank, (fine, value) in answers.items() if not fine]
         if wrong or len(answers) < self.world:
