@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import unittest.mock
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -284,3 +287,26 @@ def muon_of_pieces(mesh: Mesh) -> dict[str, float]:
 
     with unittest.mock.patch.object(Matrices, "apply", apply):
         return muon(mesh, 1)
+
+
+def talk(mesh: Mesh) -> tuple[float, list[float], bool, bool]:
+    """Sums over all ranks, what all have, and whether any says yes."""
+    own = torch.tensor([mesh.rank + 1.0])
+    gathered = [float(value) for value in mesh.gather(own.clone())]
+    return float(mesh.sum(own.clone())), gathered, mesh.any(mesh.rank == 1), mesh.any(False)
+
+
+def listening(mesh: Mesh) -> list[str]:
+    """The addresses on which this process accepts connections."""
+    inodes = set()
+    for handle in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(handle))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in inodes:
+                address = bytes.fromhex(words[1].split(":")[0])
+                found.append(".".join(str(byte) for byte in reversed(address)) if len(address) == 4 else words[1])
+    return found
