@@ -83,7 +83,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def test_every_option_has_a_help_text() -> None:
     commands = typer.main.get_command(train.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"pretrain", "export"}
+    assert set(commands) == {"pretrain", "sft", "dpo", "export"}
     assert [p.name for command in commands.values() for p in command.params if not p.help] == []
 
 

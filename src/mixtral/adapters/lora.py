@@ -5,62 +5,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mixtral.adapters.attached import Attached, check_layers
 from mixtral.adapters.factors import EXPERTS, TARGETS, Factors, LoraConfig, check_factors, new_factors, target_of
 from mixtral.adapters.modules import BASES, Adapted, Switch
 from mixtral.errors import ConfigError
-from mixtral.model.mixtral import DecoderLayer, Linear, Mixtral
+from mixtral.model.mixtral import Linear, Mixtral
 from mixtral.model.moe import Experts
 from mixtral.quant.modules import PackedExperts, PackedLinear
 
-__all__ = ["Adapter", "LoraConfig", "Trained", "attach", "attach_factors", "expert_bytes"]
+__all__ = ["Adapter", "LoraConfig", "attach", "attach_factors", "expert_bytes"]
 
 _log = logging.getLogger("mixtral")
 
 
-class Trained(NamedTuple):
-    """A tensor that is trained, and how many numbers it has."""
+class Adapter(Attached):
+    """What ``attach`` put into a model: its parameters, a switch, and the way back.
 
-    name: str
-    shape: tuple[int, ...]
-    numbers: int
-
-
-class Adapter:
-    """What ``attach`` put into a model: its parameters, a switch, and the way back."""
+    The parameters are float32 (or wider, as the model), and computed with in the dtype of the activations.
+    """
 
     def __init__(self, model: Mixtral, dropout: float) -> None:
-        self.model = model
+        super().__init__(model)
         self._switch = Switch(dropout=dropout)
-        self._wanted_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._bases: dict[str, nn.Module] = {}
-        self._names: dict[str, tuple[str, str]] = {}  # parameter -> module, pair in it
-        model.requires_grad_(False)
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained parameters, float32 (or wider, as the model), by their names in the model."""
-        for module, pair in self._names.values():
-            for part in ("a", "b"):
-                name = f"{module}.{pair}_{part}"
-                yield name, self.model.get_parameter(name)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The trained parameters."""
-        for _, parameter in self.named_parameters():
-            yield parameter
-
-    def table(self) -> list[Trained]:
-        """The trained tensors."""
-        return [Trained(name, tuple(value.shape), value.numel()) for name, value in self.named_parameters()]
+        self._places: dict[str, tuple[str, str]] = {}  # parameter of the base -> module, pair in it
 
     def factors(self) -> dict[str, Factors]:
         """Copies of the present values, by the parameter that they are added to."""
         found = {}
-        for parameter, (module, pair) in self._names.items():
+        for parameter, (module, pair) in self._places.items():
             a, b, scale = _adapted(self.model, module).factors(pair)
             found[parameter] = Factors(a.detach().clone(), b.detach().clone(), scale)
         return found
@@ -72,7 +48,7 @@ class Adapter:
         Raises:
             ConfigError: parameters, ranks or scales are others.
         """
-        own = {name: _adapted(self.model, module).factors(pair) for name, (module, pair) in self._names.items()}
+        own = {name: _adapted(self.model, module).factors(pair) for name, (module, pair) in self._places.items()}
         for name in own.keys() | factors.keys():
             if name not in own or name not in factors or not _same_kind(own[name], factors[name]):
                 raise ConfigError(f"the adapter to load differs at {name!r}: another target, rank or scale")
@@ -91,11 +67,8 @@ class Adapter:
 
     def detach(self) -> None:
         """Put the base back as it was; the values are gone, unless ``factors`` were taken."""
-        for name, base in self._bases.items():
-            self.model.set_submodule(name, base)
-        for name, wanted in self._wanted_grad.items():
-            self.model.get_parameter(name).requires_grad_(wanted)
-        self._bases, self._names = {}, {}
+        super().detach()
+        self._places = {}
 
     def _wrap(self, name: str, kind: type[nn.Module], factors: Mapping[str, Factors]) -> None:
         """Put an adapted module in the place of the one of that name; ``factors`` by parameter."""
@@ -105,9 +78,9 @@ class Adapter:
             target = target_of(parameter)
             short = target if target in EXPERTS else "lora"
             pairs[short] = pair
-            self._names[parameter] = (name, short)
-        self.model.set_submodule(name, _KINDS[kind](base, pairs, self._switch).train(base.training))
-        self._bases[name] = base
+            self.names += [f"{name}.{short}_a", f"{name}.{short}_b"]
+            self._places[parameter] = (name, short)
+        self.replace(name, _KINDS[kind](base, pairs, self._switch))
 
     def _decode_head(self) -> None:
         """A dense head in the place of a packed one: a loss over the vocabulary reads it whole, and often."""
@@ -116,8 +89,7 @@ class Adapter:
             rows, width = head.packed.shape
             dense = Linear(width, rows, device="meta", dtype=self.model.dtype)
             dense.weight = nn.Parameter(head.packed.decode(self.model.dtype), requires_grad=False)
-            self.model.set_submodule("lm_head", dense)
-            self._bases["lm_head"] = head
+            self.replace("lm_head", dense)
 
 
 _KINDS: Mapping[type[nn.Module], type[Adapted]] = {base: kind for kind, bases in BASES.items() for base in bases}
@@ -151,12 +123,7 @@ def attach_factors(model: Mixtral, factors: Mapping[str, Factors], *, dropout: f
 
 
 def _attach(model: Mixtral, factors: Mapping[str, Factors], dropout: float) -> Adapter:
-    for number, layer in enumerate(model.model.layers):
-        if type(layer) is not DecoderLayer:
-            raise ConfigError(
-                f"layer {number} is a {type(layer).__name__}, which runs on compiled kernels and has no backward pass; "
-                "load the model with reference=True"
-            )
+    check_layers(model)
     by_module: dict[str, dict[str, Factors]] = {}
     for parameter, pair in factors.items():
         placed = Factors(pair.a.to(model.device), pair.b.to(model.device), pair.scale)

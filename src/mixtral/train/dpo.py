@@ -39,8 +39,9 @@ class PreferenceReport(StepReport):
 
     ``margin`` is that of the rewards (beta times the gained log-probability), ``accuracy`` the part of pairs where it
     is above 0 (half of those where it is 0), ``chosen_logprob`` and ``rejected_logprob`` are per token of the answers.
-    ``kl`` estimates the distance from the reference per token, on the answers of the data, which are not the policy's own:
-    half the mean square of the log-ratio of policy and reference. ``routing_agreement`` is the part of the experts that are those of the reference.
+    ``kl`` estimates the distance from the reference per token: half the mean square of the log-ratio of both, on the
+    answers of the data, which are not the policy's own. ``routing_agreement`` is the part of the experts that are those
+    of the reference.
     """
 
     margin: float

@@ -1,51 +1,106 @@
-"""The newest state of a pretraining run -> the compact folder that ``mixtral.load`` reads."""
+"""The newest state of a run -> a folder that ``mixtral.load`` reads: a compact or an ordinary model, or an adapter."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from mixtral.adapters import Factors
+from mixtral.adapters.factors import EXPERTS, new_factors, target_of
+from mixtral.adapters.peft import write_adapter
+from mixtral.config import MixtralConfig
 from mixtral.errors import TrainingError
 from mixtral.model import Mixtral
+from mixtral.tokenizer import Tokenizer
 from mixtral.train import checkpoint
-from mixtral.train.config import PretrainConfig
-from mixtral.train.data import DeskData
-from mixtral.weights.compact import save_compact
-from mixtral.weights.names import EMBEDDING, HEAD
-from mixtral.weights.vocab import expand_rows
+from mixtral.train.tune import AdapterConfig
+from mixtral.weights import dtype_of, save_compact, save_model
+from mixtral.weights.names import EMBEDDING, HEAD, is_router
+from mixtral.weights.vocab import build_respell, expand_rows, row_map
 
 __all__ = ["export_run"]
 
 
-def export_run(run_folder: Path, destination: Path) -> None:
-    """Write the float32 masters of the newest state as int8 groups, with the respelling of the ids it did not train.
+def export_run(
+    run_folder: Path, destination: Path, *, dtype: str = "bfloat16", averaged: bool = False, overwrite: bool = False
+) -> str:
+    """Write the float32 masters of the newest state; what was written, in words.
+
+    A run on shared vocabulary rows becomes int8 groups, with the respelling of the ids it did not train; a run of all
+    weights of another model an ordinary checkpoint in ``dtype``; a run of an adapter a PEFT folder. ``averaged`` takes
+    the averaged weights. Only a compact model replaces files that are there without ``overwrite``.
 
     Raises:
-        TrainingError: there is no such run, or it holds no whole state.
+        TrainingError: there is no such run, it holds no whole state, or it has no averaged weights.
         CheckpointError: a size of the model is no multiple of 32, or the destination cannot be written.
     """
     saved = checkpoint.load_latest(run_folder) if run_folder.is_dir() else None
     if saved is None:
         what = "holds no whole run state" if run_folder.is_dir() else "no such folder"
-        raise TrainingError(f"{run_folder}: {what}; expected the folder that `mixtral train pretrain --out` wrote")
+        raise TrainingError(f"{run_folder}: {what}; expected the folder that `mixtral train ... --out` wrote")
     step, tensors, values = saved
-    config = PretrainConfig.from_dict(values["config"], source=f"{run_folder}: state of step {step}")
-    data = DeskData(config.data, values["trained_ids"])
-    model = Mixtral(config.model, dtype=torch.float32)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            master = tensors[f"master.{name}"]
-            parameter.copy_(expand_rows(master, data.row_of_id) if name in (EMBEDDING, HEAD) else master)
+    prefix = "average." if averaged else "master."
+    weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not weights:
+        raise TrainingError(f"{run_folder}: the run kept no averaged weights; they need optim.ema above 0")
+    config = values["config"]
+    if config.get("adapter"):
+        _export_adapter(weights, values, destination, overwrite=overwrite)
+        return "a PEFT adapter"
+    sizes = MixtralConfig.from_dict(
+        values.get("model") or config["model"], source=f"{run_folder}: state of step {step}"
+    )
+    if values["trained_ids"] is None:
+        model = _filled(Mixtral(sizes, device="meta"), weights, dtype_of(dtype) or torch.bfloat16)
+        save_model(model, destination, overwrite=overwrite)
+        return f"a checkpoint in {dtype}"
+    _export_compact(sizes.replace(vocab_size=values.get("vocab_size", sizes.vocab_size)), weights, saved, destination)
+    return "int8 groups with shared vocabulary rows"
+
+
+def _export_compact(
+    sizes: MixtralConfig, weights: dict[str, Tensor], saved: tuple[int, Any, dict[str, Any]], destination: Path
+) -> None:
+    step, _, values = saved
+    config, trained = values["config"], values["trained_ids"]
+    tokenizer = Tokenizer.from_version(values.get("tokenizer", "v3"))
+    respell = build_respell([tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], set(trained))
+    row_of_id = row_map(trained, tokenizer.vocab_size)
+    tables = {name: expand_rows(weights[name], row_of_id) for name in (EMBEDDING, HEAD)}
+    model = _filled(Mixtral(sizes, device="meta"), weights | tables, torch.float32)
     numbers = {
+        "kind": values.get("kind", "pretrain"),
         "steps": step,
-        "steps_planned": config.run.steps,
+        "steps_planned": config["run"]["steps"],
         "tokens": values["tokens_total"],
         "seconds": round(values["seconds_total"]),
-        "seed": config.run.seed,
-        "data_seed": config.data.seed,
-        "trained_rows": len(values["trained_ids"]),
+        "seed": config["run"]["seed"],
+        "data_seed": config["data"]["seed"],
+        "trained_rows": len(trained),
         "torch": values["torch"],
     }
     metadata = {name: str(value) for name, value in numbers.items()}
-    save_compact(model, destination, row_of_id=data.row_of_id, respell=data.respell, metadata=metadata)
+    save_compact(model, destination, row_of_id=row_of_id, respell=respell, metadata=metadata)
+
+
+def _filled(model: Mixtral, weights: dict[str, Tensor], dtype: torch.dtype) -> Mixtral:
+    """A model of those weights; routers stay float32."""
+    rounded = {name: value if is_router(name) else value.to(dtype) for name, value in weights.items()}
+    model.load_state_dict(rounded, assign=True)
+    return model
+
+
+def _export_adapter(weights: dict[str, Tensor], values: dict[str, Any], destination: Path, *, overwrite: bool) -> None:
+    adapter = AdapterConfig(**values["config"]["adapter"])
+    sizes = MixtralConfig.from_dict(values["model"], source="state")
+    factors = {}
+    for parameter, blank in new_factors(sizes, adapter.lora(), torch.float32).items():
+        target = target_of(parameter)
+        owner = parameter.rpartition(".")[0]
+        pair = f"{owner}.{target if target in EXPERTS else 'lora'}"
+        factors[parameter] = Factors(weights[f"{pair}_a"], weights[f"{pair}_b"], blank.scale)
+    base = values["config"]["model"]["path"]
+    write_adapter(destination, sizes, factors, base=base, dropout=adapter.dropout, overwrite=overwrite)

@@ -108,8 +108,8 @@ class Optimizer:
         named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
         self.parameters: Mapping[str, nn.Parameter] = dict(named) if shards is None else shards.parts
         self.parts = {name: local_part(parameter) for name, parameter in self.parameters.items()}
-        with_muon = isinstance(model, nn.Module) and config.optimizer == "muon"
-        self._matrices = {name for name in self.parameters if with_muon and _is_matrix(name)}
+        self.uses_muon = isinstance(model, nn.Module) and config.optimizer == "muon"
+        self._matrices = {name for name in self.parameters if self.uses_muon and _is_matrix(name)}
         whole = {n: tuple(self.parameters[n].shape) for n in self._matrices} if shards is None else shards.shapes
         mesh = alone() if shards is None else shards.mesh
         self._muon_matrices = Matrices([n for n in self.parameters if n in self._matrices], whole, mesh)

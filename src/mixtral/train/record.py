@@ -20,7 +20,7 @@ import torch
 from mixtral import __version__
 from mixtral.config import MixtralConfig
 from mixtral.ops.cores import usable_cores
-from mixtral.train.config import OptimConfig, RecordConfig, RunConfig
+from mixtral.train.config import RecordConfig, RunConfig
 from mixtral.train.health import ALARM_LOAD, ALARM_STEPS
 from mixtral.train.optim import ADAM_BETAS, ADAM_EPS, MUON_MOMENTUM
 
@@ -55,7 +55,7 @@ def build_record(run: Training[Any, Any]) -> dict[str, Any]:
         "software": _software(),
         "seeds": {"weights_and_order": config.run.seed},
         "model": run.model.config.to_dict(),
-        "optimizer": _optimizer(config.optim, config.run),
+        "optimizer": _optimizer(run),
         "router": _router(run),
         "precision": _precision(config.run),
         "parallelism": {
@@ -114,10 +114,9 @@ def _commit() -> str | None:
     return commit if Path(top).resolve() / "src" / "mixtral" == package else None
 
 
-def _optimizer(optim: OptimConfig, run: RunConfig) -> dict[str, Any]:
-    muon = (
-        {"momentum": MUON_MOMENTUM, "nesterov": True, "newton_schulz_steps": 5} if optim.optimizer == "muon" else None
-    )
+def _optimizer(run: Training[Any, Any]) -> dict[str, Any]:
+    optim, steps = run.config.optim, run.config.run.steps
+    muon = {"momentum": MUON_MOMENTUM, "nesterov": True, "newton_schulz_steps": 5} if run.optimizer.uses_muon else None
     return {
         "name": "Muon for attention and experts, AdamW for the rest" if muon else "AdamW",
         "adamw": {"betas": list(ADAM_BETAS), "eps": ADAM_EPS},
@@ -131,7 +130,7 @@ def _optimizer(optim: OptimConfig, run: RunConfig) -> dict[str, Any]:
         "schedule": optim.schedule,
         "warmup_steps": optim.warmup_steps,
         "decay_fraction": optim.decay_fraction if optim.schedule == "wsd" else "not used",
-        "steps_planned": run.steps,
+        "steps_planned": steps,
     }
 
 

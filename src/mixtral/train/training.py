@@ -223,7 +223,7 @@ class Training(ABC, Generic[C, P]):
             agreement=self._probe.agreement,
             skipped=self.guard.skipped,
             **health,
-            **step.sums,  # type: ignore[arg-type]
+            **dict[str, Any](step.sums),
         )
 
     def _parts_of_all(self) -> list[P]:
