@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtral.errors import TrainingError
+from mixtral.parallel.state import StateFiles
 from mixtral.train import checkpoint
 
 VALUES: dict[str, Any] = {"config": {"a": {"b": 0.1 + 0.2}}, "trained_ids": [0, 5], "seconds_total": 1e-17}
@@ -225,11 +226,11 @@ def test_a_state_that_cannot_be_read_is_not_taken_for_damaged(
 def test_a_disk_that_fails_between_check_and_reading_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
 ) -> None:
-    def fail(path: Path) -> dict[str, Tensor]:
+    def fail(files: StateFiles, wanted: object) -> dict[str, Tensor]:
         raise problem
 
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "load_file", fail)
+    monkeypatch.setattr(StateFiles, "read", fail)
     with pytest.raises(TrainingError, match=r"cannot be read: .*Input/output error; nothing was changed"):
         checkpoint.load_latest(tmp_path)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mixtral.errors import TrainingError
+from mixtral.parallel.mesh import Mesh, alone
 from mixtral.train import checkpoint
 from mixtral.train import pretrain as recipe
 from mixtral.train.config import PretrainConfig
@@ -26,8 +27,8 @@ NOTHING = dict.fromkeys(StepReport.__slots__, 0)
 class Idle:
     """In the place of ``Pretraining``: counts steps, and saves the count."""
 
-    def __init__(self, config: PretrainConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: PretrainConfig, folder: Path, mesh: Mesh | None = None) -> None:
+        self.config, self.folder, self.mesh = config, folder, mesh or alone()
         found = checkpoint.load_latest(folder)
         self.steps_done = 0 if found is None else found[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import tomllib
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mixtral.cli import output
+from mixtral.cli import output, ranks
 
 if TYPE_CHECKING:
     from mixtral.train.fine import FineTuning
@@ -28,6 +29,7 @@ Out = Annotated[Path, typer.Option(help="Folder of the run; one that holds state
 MaxSeconds = Annotated[
     float | None, typer.Option("--max-seconds", min=0.0, help="Save and end after this time; default: no limit.")
 ]
+Parallel = Annotated[str | None, typer.Option("--parallel", metavar="AXES", help=ranks.HELP)]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard.")]
 Config = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file: model, data, optim, run, adapter ...")
@@ -51,6 +53,7 @@ def pretrain(
     out: Out,
     max_seconds: MaxSeconds = None,
     tensorboard: TensorBoard = False,
+    parallel: Parallel = None,
 ) -> None:
     """Train from nothing, or go on with a run. Ctrl-C or SIGTERM ends it after the step, saved."""
     from mixtral.train.config import read_pretrain_config
@@ -58,9 +61,21 @@ def pretrain(
 
     settings = read_pretrain_config(config)
     out.mkdir(parents=True, exist_ok=True)
-    with _told(out, settings.run.steps, tensorboard=tensorboard) as told:
-        run = train(settings, out, **told.hooks(max_seconds))
-    told.done(out, run.steps_done, run.tokens_total)
+    if ranks.is_to_launch(parallel):
+        arguments = ["train", "pretrain", str(config), "--out", str(out), "--parallel", str(parallel)]
+        arguments += [] if max_seconds is None else ["--max-seconds", str(max_seconds)]
+        with Stop.on_signals() as stop:
+            ranks.launched([*arguments, *(["--tensorboard"] if tensorboard else [])], parallel, lambda: stop.wanted)
+        return
+    with (
+        ranks.joined(parallel) as mesh,
+        _told(
+            out, settings.run.steps, tensorboard=tensorboard and mesh.is_first, one_of_many=not mesh.is_alone
+        ) as told,
+    ):
+        run = train(settings, out, mesh=mesh, **told.hooks(max_seconds))
+    if mesh.is_first:
+        told.done(out, run.steps_done, run.tokens_total)
 
 
 @app.command("sft")
@@ -256,13 +271,13 @@ class _Told:
 
 
 @contextmanager
-def _told(out: Path, steps: int, *, tensorboard: bool) -> Iterator[_Told]:
+def _told(out: Path, steps: int, *, tensorboard: bool, one_of_many: bool = False) -> Iterator[_Told]:
     board = None
     if tensorboard:
         from mixtral.train.board import Board
 
         board = Board(out)
-    with Stop.on_signals() as stop:
+    with Stop.on_signals(one_of_many=one_of_many) as stop:
         try:
             yield _Told(Progress(steps, stop), board, stop)
         finally:
@@ -278,9 +293,13 @@ class Stop:
 
     @classmethod
     @contextmanager
-    def on_signals(cls) -> Iterator[Stop]:
-        """SIGINT and SIGTERM set ``wanted`` once; a second signal does what it did before."""
-        stop = cls()
+    def on_signals(cls, *, one_of_many: bool = False) -> Iterator[Stop]:
+        """SIGINT and SIGTERM set ``wanted`` once; a second signal does what it did before.
+
+        To one of many ranks signals come from the terminal and from the launcher: it lasts until the launcher ends it,
+        or is gone itself.
+        """
+        stop = _OrphanStop(os.getppid()) if one_of_many else cls()
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def restore() -> None:
@@ -289,7 +308,8 @@ class Stop:
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             stop.wanted = True
-            restore()
+            if not one_of_many:
+                restore()
 
         for number in before:
             signal.signal(number, on_signal)
@@ -297,6 +317,22 @@ class Stop:
             yield stop
         finally:
             restore()
+
+
+class _OrphanStop(Stop):
+    """The same for a rank, which has nothing to train for without its launcher."""
+
+    def __init__(self, parent: int) -> None:
+        self._parent, self._asked = parent, False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a signal came, or the launcher is gone."""
+        return self._asked or os.getppid() != self._parent
+
+    @wanted.setter
+    def wanted(self, value: bool) -> None:
+        self._asked = value
 
 
 class Progress:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from mixtral.model.mixtral import Mixtral
 
-__all__ = ["initialise"]
+__all__ = ["initial_values", "initialise"]
 
 
 def initialise(model: Mixtral, *, seed: int, std: float = 0.02) -> None:
@@ -16,14 +18,20 @@ def initialise(model: Mixtral, *, seed: int, std: float = 0.02) -> None:
 
     The same seed gives the same values on every device and for every dtype, up to that dtype's rounding.
     """
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in initial_values(model, seed=seed, std=std):
+            parameters[name].copy_(values)
+
+
+def initial_values(model: Mixtral, *, seed: int, std: float = 0.02) -> Iterator[tuple[str, Tensor]]:
+    """The same values, float32 on the CPU, one parameter at a time; of ``model`` only names and shapes are used."""
     generator = torch.Generator().manual_seed(seed)
     residual = std / math.sqrt(2 * model.config.num_hidden_layers)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-                continue
-            scale = residual if "o_proj" in name or "down_proj" in name else std
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            torch.nn.init.trunc_normal_(values, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
-            parameter.copy_(values)
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        if name.endswith("norm.weight"):
+            yield name, values.fill_(1.0)
+            continue
+        scale = residual if "o_proj" in name or "down_proj" in name else std
+        yield name, torch.nn.init.trunc_normal_(values, std=scale, a=-3 * scale, b=3 * scale, generator=generator)

@@ -15,12 +15,15 @@ from mixtral.plan.sizes import (
     step_cost,
     weight_bytes,
 )
+from mixtral.plan.training import TrainingMemory, activation_bytes_per_token, training_memory
 
 __all__ = [
     "PRECISIONS",
     "ParameterCounts",
     "Precision",
     "TensorCounts",
+    "TrainingMemory",
+    "activation_bytes_per_token",
     "count_parameters",
     "count_tensors",
     "expected_experts",
@@ -29,5 +32,6 @@ __all__ = [
     "memory_bytes",
     "overlap_chance",
     "step_cost",
+    "training_memory",
     "weight_bytes",
 ]

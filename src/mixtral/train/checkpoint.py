@@ -4,6 +4,9 @@
 (size and sha256 of both). It is written as ``step-00001200.tmp`` and renamed when all of it is on the disk. A folder
 without a right ``COMMIT`` is damaged: it is passed over with a warning, or refused if there is no whole one. Who writes
 holds the folder's lock; who reads needs none.
+
+Of a run on several ranks every rank writes a file of its own, ``state-rank000.safetensors`` ..., and the first one
+``index.json``. It commits when all have reported that theirs is on the disk; if one cannot, or is gone, nothing counts.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -19,18 +23,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mixtral.errors import TrainingError
+from mixtral.parallel.mesh import Mesh, alone
+from mixtral.parallel.state import INDEX, WHOLE, Piece, StateFiles, box_of, index_of, part_name, write_part
 
 if sys.platform != "win32":
     import fcntl
 
 __all__ = ["exclusive", "load_latest", "save"]
 
-_TENSORS, _VALUES, _COMMIT, _LOCK = "state.safetensors", "state.json", "COMMIT", "lock"
+_VALUES, _COMMIT, _LOCK = "state.json", "COMMIT", "lock"
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # of a file of a state: it is in the state's own folder
 # How a state looks that is not all there. Any other error is no word about the state: it may be whole.
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -70,38 +78,103 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], *, keep_last: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor] | Mapping[str, Piece],
+    values: Mapping[str, Any],
+    *,
+    keep_last: int,
+    mesh: Mesh | None = None,
+) -> Path:
     """Write the state after ``step`` steps, then remove all but the ``keep_last`` newest.
 
-    What interrupted saves left in ``folder`` is removed first: it may be what fills the disk.
+    What interrupted saves left in ``folder`` is removed first: it may be what fills the disk. All ranks of a ``mesh``
+    call this together, each with the pieces that it owns, and the first one's ``values`` count.
 
     Raises:
-        TrainingError: the disk refused; the states saved before are untouched.
+        TrainingError: the disk refused, on any rank; the states saved before are untouched.
     """
+    mesh = alone() if mesh is None else mesh
     final = folder / f"step-{step:08d}"
     temporary = folder / f"{final.name}.tmp"
+    message = f"{final}: the state was not saved ({{}})"
     try:
-        for left in _numbered(folder, ".tmp"):
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(dict(tensors), temporary / _TENSORS)
-        (temporary / _VALUES).write_text(json.dumps(dict(values), indent=1) + "\n", encoding="utf-8")
-        commit = {name: _fingerprint(temporary / name) for name in (_TENSORS, _VALUES)}
-        (temporary / _COMMIT).write_text(json.dumps(commit, indent=1) + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.replace(final)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(f"{final}: the state was not saved ({error})") from None
-    _remove_old(folder, keep_last)
+        with _together(mesh, message):
+            if mesh.is_first:
+                for left in _numbered(folder, ".tmp"):
+                    shutil.rmtree(left, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        with _together(mesh, message):
+            commit = [_write_tensors(temporary, tensors, mesh)]
+        commit = _of_all_ranks(commit[0], mesh)
+        with _together(mesh, message):
+            if mesh.is_first:
+                _commit(temporary, final, values, commit, mesh)
+    except TrainingError:
+        if mesh.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if mesh.is_first:
+        _remove_old(folder, keep_last)
     return final
 
 
-def load_latest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor] | Mapping[str, Piece], mesh: Mesh) -> dict[str, Any]:
+    """Write this rank's file and bring it to the disk; its fingerprint."""
+    if mesh.is_alone:
+        path = folder / WHOLE
+        save_file({name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}, path)
+    else:
+        path = folder / part_name(mesh.rank)
+        write_part(path, {name: piece for name, piece in tensors.items() if isinstance(piece, Piece)})
+    _flush(path)
+    return _fingerprint(path)
+
+
+def _of_all_ranks(own: Mapping[str, Any], mesh: Mesh) -> list[dict[str, Any]]:
+    """The fingerprints that all ranks report, by rank."""
+    content = own["size"].to_bytes(8, "little") + bytes.fromhex(own["sha256"])
+    reports = [bytes(report.tolist()) for report in mesh.gather(torch.tensor(list(content), dtype=torch.uint8))]
+    return [{"size": int.from_bytes(r[:8], "little"), "sha256": r[8:].hex()} for r in reports]
+
+
+def _commit(temporary: Path, final: Path, values: Mapping[str, Any], reports: list[dict[str, Any]], mesh: Mesh) -> None:
+    """Write what the first rank writes, and give the folder its name."""
+    (temporary / _VALUES).write_text(json.dumps(dict(values), indent=1) + "\n", encoding="utf-8")
+    commit = {WHOLE: reports[0]} if mesh.is_alone else {part_name(rank): report for rank, report in enumerate(reports)}
+    if not mesh.is_alone:
+        (temporary / INDEX).write_text(json.dumps(index_of(temporary, len(reports))) + "\n", encoding="utf-8")
+        commit[INDEX] = _fingerprint(temporary / INDEX)
+    commit[_VALUES] = _fingerprint(temporary / _VALUES)
+    (temporary / _COMMIT).write_text(json.dumps(commit, indent=1) + "\n", encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.replace(final)
+    _flush(final.parent)
+
+
+@contextmanager
+def _together(mesh: Mesh, message: str) -> Iterator[None]:
+    """What one rank cannot do, all give up: nobody waits for the others, or goes on without them.
+
+    Raises:
+        TrainingError: the disk refused something inside, here or on another rank: ``message`` with the reason.
+    """
+    reason: str | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error)
+    if mesh.any(reason is not None):
+        raise TrainingError(message.format(reason or "another rank says why")) from None
+
+
+def load_latest(folder: Path, *, mesh: Mesh | None = None) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
     """The newest whole state: its step, tensors and values; None where none was ever saved.
+
+    However many ranks wrote it. All ranks of a ``mesh`` call this together, and each gets its parts of the parameters.
 
     Warns:
         UserWarning: newer states are damaged and were passed over.
@@ -110,26 +183,36 @@ def load_latest(folder: Path) -> tuple[int, dict[str, Tensor], dict[str, Any]] |
         TrainingError: there are states, but all are damaged. Not None: the caller would start from nothing. Or one
             cannot be read now. Not an older one: the caller would go on from it and replace the better one.
     """
+    mesh = alone() if mesh is None else mesh
+    message = f"{folder}: a run state cannot be read: {{}}; nothing was changed, try again"
     damaged: list[str] = []
-    try:
-        for path in reversed(_numbered(folder)):
-            damage = _damage(path)
-            if damage is None:
-                if damaged:
-                    warnings.warn(
-                        f"{folder}: passed over {', '.join(damaged)}; going on from {path.name}", stacklevel=2
-                    )
+    with _together(mesh, message):
+        paths = list(reversed(_numbered(folder)))
+    _check_same_folder(folder, paths, mesh)
+    for path in paths:
+        with _together(mesh, message):
+            damage = _damage(path, mesh)
+        if not mesh.any(damage is not None):
+            if damaged:
+                warnings.warn(f"{folder}: passed over {', '.join(damaged)}; going on from {path.name}", stacklevel=2)
+            with _together(mesh, message):
                 values = json.loads((path / _VALUES).read_text(encoding="utf-8"))
-                return _step_of(path), load_file(path / _TENSORS), values
-            damaged.append(f"{path.name} ({damage})")
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{folder}: a run state cannot be read: {error}; nothing was changed, try again") from None
+                files = StateFiles(path)
+                tensors = files.read({name: box_of(name, shape, mesh) for name, shape in files.shapes.items()})
+            return _step_of(path), tensors, values
+        damaged.append(f"{path.name} ({damage or 'as another rank sees it'})")
     if damaged:
         raise TrainingError(
             f"{folder}: holds no whole run state, only damaged ones: {', '.join(damaged)}; "
             "bring them back from a copy, or start in a new folder"
         )
     return None
+
+
+def _check_same_folder(folder: Path, paths: list[Path], mesh: Mesh) -> None:
+    seen = mesh.gather(torch.tensor([len(paths), _step_of(paths[0]) if paths else 0]))
+    if any(not torch.equal(seen[0], other) for other in seen):
+        raise TrainingError(f"{folder}: the ranks see different run states; it must be one folder on a shared disk")
 
 
 def _numbered(folder: Path, suffix: str = "") -> list[Path]:
@@ -171,20 +254,21 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a state; None if it is as it was saved.
+def _damage(path: Path, mesh: Mesh | None = None) -> str | None:
+    """What is wrong with a state; None if it is as it was saved. Each rank of a mesh looks at its share of the files.
 
     Raises:
         OSError: it cannot be read, whole or not.
     """
     try:
         commit = json.loads((path / _COMMIT).read_text(encoding="utf-8"))
-        for name in (_TENSORS, _VALUES):
-            if commit[name] != _fingerprint(path / name):
+        names = sorted(commit.keys() | {_VALUES, INDEX if INDEX in commit else WHOLE})
+        for name in names if mesh is None else names[mesh.rank :: mesh.axes.world]:
+            if not _NAME.fullmatch(name) or commit[name] != _fingerprint(path / name):
                 return f"{name} is not what was saved"
     except _MISSING as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{_COMMIT} is not what was saved"
     return None
 

@@ -85,12 +85,15 @@ class DeskData:
         self.rows = len(trained) + 1
         self.copies_of_last = plain.vocab_size - len(trained)
 
-    def micro_batches(self, step: int, *, split: Split = "train") -> Iterator[TokenBatch]:
-        """The parts of a step's batch."""
+    def micro_batches(
+        self, step: int, *, split: Split = "train", turn: tuple[int, int] = (0, 1)
+    ) -> Iterator[TokenBatch]:
+        """The parts of a step's batch. Of several ranks, ``turn`` (its index, their number), each takes its turn in
+        the documents of every part: the step is the same on any number of them."""
         size = self.config.documents_per_step // self.config.micro_batches
         for part in range(self.config.micro_batches):
             first = step * self.config.documents_per_step + part * size
-            yield self._batch(range(first, first + size), split)
+            yield self._batch(range(first, first + size)[turn[0] :: turn[1]], split)
 
     def _batch(self, numbers: range, split: Split) -> TokenBatch:
         inputs: list[int] = []

@@ -57,9 +57,9 @@ class RouterHealth:
 @torch.no_grad()
 def picks_of(model: Mixtral, inputs_T: Tensor, lengths: tuple[int, ...]) -> Tensor:
     """The experts chosen for every token of whole documents: int16 [L, T, A]."""
-    context = Documents(lengths)
-    routes = model(Batch(inputs_T, context.positions_T, context)).routes
-    return torch.stack([route.picks_TA for route in routes]).to(torch.int16)
+    context = Documents(lengths, device=model.device)
+    routes = model(Batch(inputs_T.to(model.device), context.positions_T, context)).routes
+    return torch.stack([route.picks_TA for route in routes]).to("cpu", torch.int16)
 
 
 class Probe:

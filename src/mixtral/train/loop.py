@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mixtral.errors import TrainingError
+from mixtral.parallel.mesh import Mesh
 from mixtral.train.config import OptimConfig, RunConfig
 from mixtral.train.log import Log
 
@@ -75,6 +76,7 @@ class Run(Protocol):
 
     folder: Path
     steps_done: int
+    mesh: Mesh
 
     @property
     def config(self) -> Settings:
@@ -108,7 +110,8 @@ def drive(
     started: float | None = None,
 ) -> None:
     """Train to the end of the configuration, or until ``max_seconds`` (counted from ``started``, a value of
-    ``time.monotonic``) or ``stopping()``; the state is saved at the end. The caller holds the folder's lock.
+    ``time.monotonic``) or ``stopping()``; the state is saved at the end. The caller holds the folder's lock. On several
+    ranks any of them can stop all, and the first one alone logs and reports.
 
     Warns:
         UserWarning: the log could not be written, or a state before the last; the training goes on.
@@ -117,29 +120,33 @@ def drive(
         TrainingError: a step is refused, or the last state could not be saved.
     """
     start = time.monotonic() if started is None else started
-    log = Log(run.folder / "log.jsonl", run.steps_done)
-    if run.steps_done and not log.evaluated:  # killed between the state and its evaluation
+    log = Log(run.folder / "log.jsonl", run.steps_done) if run.mesh.is_first else None
+    if run.steps_done and run.mesh.any(log is not None and not log.evaluated):  # killed before its evaluation
         _evaluate(run, log, on_validation)
     saved_at = run.steps_done
-    while run.steps_done < run.config.run.steps and not stopping():
-        if max_seconds is not None and time.monotonic() - start >= max_seconds:
+    while run.steps_done < run.config.run.steps:
+        late = max_seconds is not None and time.monotonic() - start >= max_seconds
+        if run.mesh.any(late or stopping()):
             break
         report = run.step()
-        log.add(asdict(report))
-        on_step(report)
+        if log is not None:
+            log.add(asdict(report))
+            on_step(report)
         is_last = run.steps_done == run.config.run.steps
         if run.steps_done % run.config.run.save_every == 0 and not is_last and _saved(run, log):
             saved_at = run.steps_done
             _evaluate(run, log, on_validation)
     if saved_at != run.steps_done:
-        log.flush()
+        if log is not None:
+            log.flush()
         run.save()
         _evaluate(run, log, on_validation)
 
 
-def _saved(run: Run, log: Log) -> bool:
+def _saved(run: Run, log: Log | None) -> bool:
     """Commit the state. A disk that refuses may take the next one; what was trained is still in memory."""
-    log.flush()
+    if log is not None:
+        log.flush()
     try:
         run.save()
     except TrainingError as error:
@@ -149,7 +156,7 @@ def _saved(run: Run, log: Log) -> bool:
     return True
 
 
-def _evaluate(run: Run, log: Log, on_validation: Callable[[int, float], None]) -> None:
+def _evaluate(run: Run, log: Log | None, on_validation: Callable[[int, float], None]) -> None:
     """The validation loss of a state that is saved: whoever is killed while evaluating has lost nothing."""
     loss = run.validation_loss()
     if loss is None:
@@ -157,5 +164,6 @@ def _evaluate(run: Run, log: Log, on_validation: Callable[[int, float], None]) -
     record: dict[str, Any] = {"step": run.steps_done, "validation_loss": loss}
     if run.config.optim.ema:
         record["averaged_validation_loss"] = run.averaged_loss()
-    log.add(record)
-    on_validation(run.steps_done, loss)
+    if log is not None:
+        log.add(record)
+        on_validation(run.steps_done, loss)

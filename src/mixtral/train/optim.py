@@ -14,6 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from mixtral.parallel.matrices import Matrices
+from mixtral.parallel.mesh import alone
+from mixtral.parallel.shards import Shards, local_part
 from mixtral.train.config import OptimConfig
 
 __all__ = ["ADAM_BETAS", "ADAM_EPS", "MUON_MOMENTUM", "NormGuard", "Optimizer", "learning_rate", "orthogonalise"]
@@ -90,7 +93,8 @@ class Optimizer:
     """Masters and moments of a model. ``state()`` and ``load()`` move all of it; ``step()`` is deterministic.
 
     ``model`` may also be the parameters to train, by name: those of an adapter, in any model. ``masters`` are exact
-    starting values, float32, where the parameters are only their roundings.
+    starting values, float32, where the parameters are only their roundings. With ``shards`` everything is about this
+    rank's parts of the parameters, and ``step()`` is called by all ranks together.
     """
 
     def __init__(
@@ -98,14 +102,21 @@ class Optimizer:
         model: nn.Module | Mapping[str, nn.Parameter],
         config: OptimConfig,
         masters: Mapping[str, Tensor] | None = None,
+        shards: Shards | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.shards = config, shards
         named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
-        self.parameters: Mapping[str, nn.Parameter] = dict(named)
+        self.parameters: Mapping[str, nn.Parameter] = dict(named) if shards is None else shards.parts
+        self.parts = {name: local_part(parameter) for name, parameter in self.parameters.items()}
         self.uses_muon = isinstance(model, nn.Module) and config.optimizer == "muon"
         self._matrices = {name for name in self.parameters if self.uses_muon and _is_matrix(name)}
+        whole = {n: tuple(self.parameters[n].shape) for n in self._matrices} if shards is None else shards.shapes
+        mesh = alone() if shards is None else shards.mesh
+        self._muon_matrices = Matrices([n for n in self.parameters if n in self._matrices], whole, mesh)
         given = masters or {}
-        self.masters = {n: given.get(n, p.detach()).float().clone() for n, p in self.parameters.items()}
+        # Parts are float32: they are their own masters, unless averaged weights are to take their places for a while.
+        same = shards is not None and not config.ema
+        self.masters = self.parts if same else {n: given.get(n, p).float().clone() for n, p in self.parts.items()}
         self._grads: dict[str, Tensor] = {}
         self._first = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self._second = {n: torch.zeros_like(m) for n, m in self.masters.items() if n not in self._matrices}
@@ -119,7 +130,7 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
-            grad = parameter.grad.float()
+            grad = local_part(parameter.grad).float()
             self._grads[name] = self._grads[name].add_(grad) if name in self._grads else grad
             parameter.grad = None
 
@@ -133,16 +144,18 @@ class Optimizer:
 
         A norm that is not finite, or above ``limit``, changes nothing. The gradients are dropped in any case.
         """
-        norm = math.sqrt(sum(float(grad.square().sum()) for grad in self._grads.values()))
+        norm = self._norm()
         scale = min(1.0, self.config.clip_norm / (norm + 1e-12)) if math.isfinite(norm) and norm <= limit else 0.0
         if scale:
             self.steps += 1
-            for name, grad in self._grads.items():
-                update = self._muon(name, grad * scale) if name in self._matrices else self._adam(name, grad * scale)
-                master = self.masters[name]
-                if not name.endswith("norm.weight"):
-                    master.mul_(1 - rate * self.config.weight_decay)
-                master.sub_(update, alpha=rate)
+            for batch in self._muon_matrices.batches():
+                wanted = {
+                    name: self._momentum(name, self._grads[name] * scale) for name in batch if name in self._grads
+                }
+                for name, update in self._muon_matrices.apply(orthogonalise, wanted).items():
+                    self._change(name, update.mul_(self._factor(name)), rate)
+            for name in self._grads.keys() - self._matrices:
+                self._change(name, self._adam(name, self._grads[name] * scale), rate)
             # Short runs would otherwise average mostly the weights they began with.
             decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
             for name, average in self._average.items():
@@ -151,12 +164,18 @@ class Optimizer:
         self.refresh()
         return norm
 
+    def _norm(self) -> float:
+        """The length of the whole gradient."""
+        if self.shards is None:
+            return math.sqrt(sum(float(grad.square().sum()) for grad in self._grads.values()))
+        self.shards.add_replicas(self._grads)
+        return self.shards.norm(self._grads)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model has the averaged weights inside of this, and its own again afterwards."""
         with torch.no_grad():
-            for name, average in self._average.items():
-                self.parameters[name].copy_(average)
+            self._write(self._average)
         try:
             yield
         finally:
@@ -165,18 +184,27 @@ class Optimizer:
     @torch.no_grad()
     def refresh(self) -> None:
         """Round the masters into the model's parameters."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.masters[name])
+        self._write(self.masters)
 
-    def _muon(self, name: str, grad: Tensor) -> Tensor:
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        if self.shards is not None:
+            self.shards.forget_whole()
+        for name, value in values.items():
+            self.parts[name].copy_(value)
+
+    def _change(self, name: str, update: Tensor, rate: float) -> None:
+        master = self.masters[name]
+        if not name.endswith("norm.weight"):
+            master.mul_(1 - rate * self.config.weight_decay)
+        master.sub_(update, alpha=rate)
+
+    def _momentum(self, name: str, grad: Tensor) -> Tensor:
         momentum = self._first[name].mul_(MUON_MOMENTUM).add_(grad)
-        wanted = grad.add(momentum, alpha=MUON_MOMENTUM)
-        # Gate and up are two matrices that only share a tensor.
-        halves = (*wanted.shape[:-2], 2, wanted.shape[-2] // 2, wanted.shape[-1])
-        parts = wanted.reshape(halves) if "gate_up_proj" in name else wanted
-        # This factor makes one learning rate serve both optimizers (Moonlight, arXiv 2502.16982, section 2.2).
-        factor = 0.2 * math.sqrt(max(parts.shape[-2:]))
-        return orthogonalise(parts).mul_(factor).reshape(wanted.shape)
+        return grad.add(momentum, alpha=MUON_MOMENTUM)
+
+    def _factor(self, name: str) -> float:
+        # Makes one learning rate serve both optimizers (Moonlight, arXiv 2502.16982, section 2.2).
+        return 0.2 * math.sqrt(max(self._muon_matrices.size(name)))
 
     def _adam(self, name: str, grad: Tensor) -> Tensor:
         first = self._first[name].lerp_(grad, 1 - ADAM_BETAS[0])

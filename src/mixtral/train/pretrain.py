@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mixtral.desk.source import Split
 from mixtral.desk.write import MIXTURE
 from mixtral.errors import TrainingError
-from mixtral.model import Mixtral, initialise
+from mixtral.model import Mixtral, Output, initial_values, initialise
 from mixtral.ops import head_cross_entropy
+from mixtral.parallel.head import split_cross_entropy
+from mixtral.parallel.mesh import Mesh
+from mixtral.parallel.shards import build
 from mixtral.tokenizer import Tokenizer
 from mixtral.train import checkpoint
 from mixtral.train.config import PretrainConfig
@@ -33,23 +39,35 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
 
     kind = "pretrain"
 
-    def __init__(self, config: PretrainConfig, folder: Path) -> None:
-        super().__init__(config, folder)
+    def __init__(self, config: PretrainConfig, folder: Path, mesh: Mesh | None = None) -> None:
+        super().__init__(config, folder, mesh)
+        _check_documents(config, self.mesh)
         tokenizer = Tokenizer.from_version("v3")
         if config.model.vocab_size != tokenizer.vocab_size:
             raise TrainingError(
                 f"vocab_size is {config.model.vocab_size}; the tokenizer has {tokenizer.vocab_size} ids",
                 param="vocab_size",
             )
-        saved = open_state(folder, config, self.kind)
+        saved = open_state(folder, config, self.kind, self.mesh)
         self.trained_ids: list[int] = (
             choose_trained_ids(tokenizer, config.data) if saved is None else saved[2]["trained_ids"]
         )
         self.data = DeskData(config.data, self.trained_ids)
         dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
-        model = Mixtral(config.model.replace(vocab_size=self.data.rows), dtype=dtype)
-        initialise(model, seed=config.run.seed)
-        self.begin(model, Optimizer(model, config.optim), self._probe_batch(), saved)
+        sizes = config.model.replace(vocab_size=self.data.rows)
+        self.head_loss: Callable[..., tuple[Tensor, Tensor]] = head_cross_entropy
+        shards = None
+        if self.mesh.is_alone:
+            model = Mixtral(sizes, dtype=dtype)
+            initialise(model, seed=config.run.seed)
+        else:
+            shards = build(sizes, self.mesh, dtype=dtype)
+            model = shards.model
+            if saved is None:
+                shards.fill(initial_values(Mixtral(sizes, device="meta"), seed=config.run.seed))
+            if shards.head is not None:
+                self.head_loss = partial(split_cross_entropy, part=shards.head)
+        self.begin(model, Optimizer(model, config.optim, shards=shards), self._probe_batch(), saved)
 
     def parts(self, step: int, split: Split = "train") -> list[TokenBatch]:
         """The parts of a step's batch.
@@ -57,11 +75,12 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
         Raises:
             TrainingError: a document has more tokens than the model has positions.
         """
-        parts = list(self.data.micro_batches(step, split=split))
+        turn = (self.mesh.place.data, self.mesh.axes.dp)
+        parts = list(self.data.micro_batches(step, split=split, turn=turn))
         lengths = [length for part in parts for length in part.lengths]
         limit, longest = self.config.model.max_position_embeddings, max(lengths)
         if longest > limit:
-            number = step * self.config.data.documents_per_step + lengths.index(longest)
+            number = step * self.config.data.documents_per_step + lengths.index(longest) * turn[1] + turn[0]
             raise TrainingError(
                 f"document {number} of the {split} split has {longest} tokens to train; expected at most "
                 f"max_position_embeddings, {limit}. Raise it; a run can go on with a larger one",
@@ -76,19 +95,24 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
     def backward(self, part: TokenBatch, step: Step) -> None:
         """Cross entropy of all tokens by their weights, and the two losses of the router."""
         out = forward(self.model, part)
-        loss, _ = head_cross_entropy(
-            out.hidden_TD,
-            self.model.lm_head.weight,
-            part.labels_T,
-            part.weights_T / step.labelled,
-            copies_of_last=self.data.copies_of_last,
-        )
+        loss = self._cross_entropy(out, part.labels_T, part.weights_T / step.labelled)
         optim = self.config.optim
         step.count(out)
         balance, z = router_losses(out.routes, **step.balanced_over(optim, part))
         share = step.share(part)
         (loss + share * (optim.balance_coef * balance + optim.z_coef * z)).backward()  # type: ignore[no-untyped-call]
         step.add(loss=loss, balance=share * balance, z=share * z)
+
+    def _cross_entropy(self, out: Output, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+        device = out.hidden_TD.device
+        loss, _ = self.head_loss(
+            out.hidden_TD,
+            self.model.lm_head.weight,
+            labels_T.to(device),
+            weights_T.to(device),
+            copies_of_last=self.data.copies_of_last,
+        )
+        return loss
 
     def own_values(self) -> dict[str, Any]:
         """The ids that have rows of their own."""
@@ -140,15 +164,20 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
         total, count = 0.0, 0
         for step in range(batches):
             for part in self.parts(step, split="validation"):
-                loss, _ = head_cross_entropy(
-                    forward(self.model, part).hidden_TD,
-                    self.model.lm_head.weight,
-                    part.labels_T,
-                    part.own_T.float(),
-                    copies_of_last=self.data.copies_of_last,
-                )
+                loss = self._cross_entropy(forward(self.model, part), part.labels_T, part.own_T.float())
                 total, count = total + float(loss), count + int(part.own_T.sum())
-        return total / count
+        every = self.mesh.sum(torch.tensor([total, count], dtype=torch.float64), "dp")
+        return float(every[0] / every[1])
+
+
+def _check_documents(config: PretrainConfig, mesh: Mesh) -> None:
+    together = config.data.documents_per_step // config.data.micro_batches
+    if together < mesh.axes.dp:
+        raise TrainingError(
+            f"a micro-batch has {together} documents; expected at least one for each of {mesh.axes.dp} data ranks. "
+            "Raise documents_per_step or lower micro_batches",
+            param="documents_per_step",
+        )
 
 
 def pretrain(
@@ -159,12 +188,14 @@ def pretrain(
     on_validation: Callable[[int, float], None] = lambda step, loss: None,
     max_seconds: float | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    mesh: Mesh | None = None,
 ) -> Pretraining:
     """Train to the end of the configuration, or until ``max_seconds`` or ``stopping()``; the state is saved at the end.
 
     Every step is appended to ``log.jsonl`` in ``folder``; so is, after every save, the validation loss, which
     ``on_validation`` gets with the number of the step. Called again with the same folder it goes on where it stopped,
-    with bitwise the same result as one run without a stop (same machine, same number of threads, same versions).
+    with bitwise the same result as one run without a stop (same machine, same number of threads, same versions, same
+    axes of a ``mesh``). All ranks of a mesh call this together, with the same folder.
 
     Warns:
         UserWarning: the log could not be written, or a state before the last; the training goes on.
@@ -174,8 +205,9 @@ def pretrain(
             be saved.
     """
     start = time.monotonic()
-    with checkpoint.exclusive(folder):
-        run = Pretraining(config, folder)
+    is_first = mesh is None or mesh.is_first
+    with checkpoint.exclusive(folder) if is_first else nullcontext():
+        run = Pretraining(config, folder, mesh)
         drive(
             run,
             on_step=on_step,

@@ -59,7 +59,13 @@ def build_record(run: Training[Any, Any]) -> dict[str, Any]:
         "optimizer": _optimizer(run),
         "router": _router(run),
         "precision": _precision(config.run),
-        "parallelism": {"devices": 1, "data": 1, "tensor": 1, "expert": 1, "pipeline": 1},
+        "parallelism": {
+            "devices": run.mesh.axes.world,
+            "data": run.mesh.axes.dp,
+            "tensor": run.mesh.axes.tp,
+            "expert": run.mesh.axes.ep,
+            "pipeline": 1,
+        },
         "hardware": _hardware(config.run),
         **run.facts(),
     }

@@ -23,6 +23,8 @@ from mixtral import __version__
 from mixtral.errors import TrainingError
 from mixtral.model import Batch, Documents, Mixtral
 from mixtral.model.batch import Output
+from mixtral.parallel.mesh import Mesh, alone
+from mixtral.parallel.state import pieces_of
 from mixtral.train import checkpoint
 from mixtral.train.config import OptimConfig
 from mixtral.train.health import Probe, RouterHealth
@@ -65,6 +67,7 @@ class Step:
     tokens: int
     sums: dict[str, float]
     counts_LE: Tensor
+    mesh: Mesh
 
     def share(self, part: Part) -> float:
         """The part of the step's tokens that a part has."""
@@ -80,7 +83,12 @@ class Step:
         counts = [
             torch.bincount(route.picks_TA.reshape(-1), minlength=route.logits_TE.shape[-1]) for route in out.routes
         ]
-        self.counts_LE = self.counts_LE + torch.stack(counts).to(self.counts_LE.device)
+        self.counts_LE = self.counts_LE + self.mesh.sum(torch.stack(counts).cpu(), "dp")
+
+    def add_ranks(self) -> None:
+        """Make the sums those of all ranks."""
+        total = self.mesh.sum(torch.tensor([*self.sums.values()], dtype=torch.float64), "dp")
+        self.sums = dict(zip(self.sums, total.tolist(), strict=True))
 
     def loads_LE(self) -> Tensor:
         """Share of every expert in the choices so far; 1 is even."""
@@ -90,13 +98,13 @@ class Step:
         """What ``router_losses`` needs to take the balance loss over the scope of the configuration."""
         if optim.balance_scope == "sequence":
             return {"lengths": part.lengths}
-        return {"loads_LE": self.loads_LE()} if optim.balance_scope == "global" else {}
+        return {"loads_LE": self.loads_LE().to(self.mesh.device)} if optim.balance_scope == "global" else {}
 
 
 def forward(model: Mixtral, part: Part) -> Output:
     """The model's output for whole documents."""
-    context = Documents(part.lengths)
-    out: Output = model(Batch(part.inputs_T, context.positions_T, context))
+    context = Documents(part.lengths, device=model.device)
+    out: Output = model(Batch(part.inputs_T.to(model.device), context.positions_T, context))
     return out
 
 
@@ -114,8 +122,9 @@ class Training(ABC, Generic[C, P]):
     model: Mixtral
     optimizer: Optimizer
 
-    def __init__(self, config: C, folder: Path) -> None:
+    def __init__(self, config: C, folder: Path, mesh: Mesh | None = None) -> None:
         self.config, self.folder = config, folder
+        self.mesh = alone() if mesh is None else mesh
         self.steps_done, self.tokens_total, self.seconds_total = 0, 0, 0.0
         self.squares_total = 0  # of document lengths: attention's work
         torch.set_num_threads(config.run.threads)
@@ -179,22 +188,25 @@ class Training(ABC, Generic[C, P]):
             TrainingError: the loss or its gradient is not finite, or a document is too long; nothing was changed.
         """
         start = time.monotonic()
-        parts = self.parts(self.steps_done)
+        parts = self._parts_of_all()
         sizes = self.model.config
+        labelled, tokens, squares = self._counts(parts)
         step = Step(
-            labelled=sum(self.weight_of(part) for part in parts),
-            tokens=sum(part.inputs_T.numel() for part in parts),
+            labelled=labelled,
+            tokens=tokens,
             sums=dict.fromkeys(self.sums, 0.0),
             counts_LE=torch.zeros((sizes.num_hidden_layers, sizes.num_local_experts), dtype=torch.int64),
+            mesh=self.mesh,
         )
         for part in parts:
             self.backward(part, step)
             self.optimizer.accumulate()
+        step.add_ranks()
         rate, norm = self._update(step)
         seconds = time.monotonic() - start
         self.steps_done += 1
         self.tokens_total += step.tokens
-        self.squares_total += sum(length * length for part in parts for length in part.lengths)
+        self.squares_total += squares
         self.seconds_total += seconds
         self._loads_LE = step.loads_LE()
         health = self.health.update(self._loads_LE)
@@ -213,6 +225,28 @@ class Training(ABC, Generic[C, P]):
             **health,
             **dict[str, Any](step.sums),
         )
+
+    def _parts_of_all(self) -> list[P]:
+        """This rank's parts of the next step; refused on all ranks if one refuses its own."""
+        parts: list[P] = []
+        problem = None
+        try:
+            parts = self.parts(self.steps_done)
+        except TrainingError as error:
+            problem = error
+        if self.mesh.any(problem is not None):
+            raise problem or TrainingError("another rank refused its documents; it says why")
+        return parts
+
+    def _counts(self, parts: list[P]) -> tuple[float, int, int]:
+        """Loss weights, tokens, and squared document lengths of the step, over all ranks."""
+        own = [
+            sum(self.weight_of(part) for part in parts),
+            sum(part.inputs_T.numel() for part in parts),
+            sum(length * length for part in parts for length in part.lengths),
+        ]
+        labelled, tokens, squares = self.mesh.sum(torch.tensor(own, dtype=torch.float64), "dp").tolist()
+        return labelled, int(tokens), int(squares)
 
     def _update(self, step: Step) -> tuple[float, float]:
         """Learning rate and gradient norm of a step; the masters are changed, unless the gradient is too long."""
@@ -248,8 +282,17 @@ class Training(ABC, Generic[C, P]):
             "health.starving": self.health.starving_LE,
             "health.loads": self._loads_LE,
         }
-        path = checkpoint.save(self.folder, self.steps_done, tensors, values, keep_last=self.config.run.keep_last)
-        write_record(self.folder, self)
+        shards = self.optimizer.shards
+        path = checkpoint.save(
+            self.folder,
+            self.steps_done,
+            tensors if shards is None else pieces_of(tensors, shards.shapes, self.mesh),
+            values,
+            keep_last=self.config.run.keep_last,
+            mesh=self.mesh,
+        )
+        if self.mesh.is_first:
+            write_record(self.folder, self)
         return path
 
     @property
@@ -283,13 +326,15 @@ def warn_of_versions(folder: Path, saved: Mapping[str, Any]) -> None:
         )
 
 
-def open_state(folder: Path, config: Settings, kind: str) -> Saved | None:
+def open_state(folder: Path, config: Settings, kind: str, mesh: Mesh | None = None) -> Saved | None:
     """The newest state in a folder, if it is one of the same recipe and configuration; None where there is none.
+
+    On a ``mesh`` the tensors are this rank's parts, whatever ranks saved them.
 
     Raises:
         TrainingError: it is of another run, or all states are damaged.
     """
-    saved = checkpoint.load_latest(folder)
+    saved = checkpoint.load_latest(folder, mesh=mesh)
     if saved is None:
         return None
     found = saved[2].get("kind", "pretrain")

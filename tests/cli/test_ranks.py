@@ -1,0 +1,157 @@
+"""``--parallel``: ranks started by the command itself and by torchrun, stopped, continued, and refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixtral.cli import main
+from mixtral.errors import TrainingError
+from mixtral.train import checkpoint
+
+NANO = """
+[model]
+vocab_size = 32768
+hidden_size = 32
+intermediate_size = 32
+num_hidden_layers = 1
+num_attention_heads = 2
+num_key_value_heads = 2
+head_dim = 16
+num_local_experts = 4
+num_experts_per_tok = 2
+max_position_embeddings = 2048
+[data]
+documents_per_step = 4
+trained_rows = 1300
+sample_documents = 100
+[optim]
+warmup_steps = 1
+balance_scope = "global"
+[run]
+steps = {steps}
+threads = 1
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "nano.toml"
+    path.write_text(NANO.format(steps=3))
+    return path
+
+
+def command(config: Path, out: Path, axes: str, *launcher: str) -> list[str]:
+    start = launcher or (sys.executable,)
+    return [*start, "-m", "mixtral", "train", "pretrain", str(config), "--out", str(out), "--parallel", axes]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("axes", ["dp", "pp=2", "dp=2,ep=3"])
+def test_axes_that_cannot_be_read_are_refused(capsys: pytest.CaptureFixture[str], config: Path, axes: str) -> None:
+    arguments = ["train", "pretrain", str(config), "--out", str(config.parent / "run"), "--parallel", axes]
+    assert "parallel is" in refused(capsys, arguments)
+
+
+def test_a_launch_without_axes_is_refused(
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "say how they share: --parallel" in refused(
+        capsys, ["train", "pretrain", str(config), "--out", str(config.parent / "run")]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_own_ranks_and_those_of_torchrun_train_alike(config: Path, tmp_path: Path) -> None:
+    done = subprocess.run(command(config, tmp_path / "own", "dp=2"), capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 3/3  loss") == 1
+    assert "own: 3 steps" in done.stdout
+    torchrun = (str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2")
+    other = subprocess.run(
+        command(config, tmp_path / "run", "dp=2", *torchrun), capture_output=True, text=True, timeout=110
+    )
+    assert other.returncode == 0, other.stderr
+    assert losses(tmp_path / "own") == losses(tmp_path / "run")
+    states = [checkpoint.load_latest(tmp_path / name) for name in ("own", "run")]
+    assert states[0] is not None
+    assert states[1] is not None
+    assert all(torch.equal(value, states[1][1][name]) for name, value in states[0][1].items())
+    assert main(["train", "export", str(tmp_path / "own"), str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_ranks_after_the_step_saved(config: Path, tmp_path: Path, number: int) -> None:
+    config.write_text(NANO.format(steps=100_000))
+    with subprocess.Popen(command(config, tmp_path / "run", "dp=2"), stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().startswith("step 1/")
+        run.send_signal(number)
+        rest = run.stdout.read()
+    assert run.returncode == 0
+    assert "the same command goes on from here" in rest
+    found = checkpoint.load_latest(tmp_path / "run")
+    assert found is not None
+    assert found[0] == losses(tmp_path / "run")[-1][0]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_and_the_next_goes_on(config: Path, tmp_path: Path) -> None:
+    config.write_text(NANO.format(steps=100_000) + "save_every = 2\n")
+    run = subprocess.Popen(
+        command(config, tmp_path / "run", "dp=2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert run.stdout is not None
+    while "saved" not in run.stdout.readline():
+        pass
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=100)
+    assert run.returncode == 2
+    assert "ended with" in errors
+    found = checkpoint.load_latest(tmp_path / "run")
+    assert found is not None
+    assert found[0] % 2 == 0
+    config.write_text(NANO.format(steps=found[0] + 1) + "save_every = 2\n")
+    again = subprocess.run(command(config, tmp_path / "run", "dp=2"), capture_output=True, text=True, timeout=110)
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "run")[-1][0] == found[0] + 1
+
+
+@pytest.mark.slow
+def test_ranks_end_when_their_launcher_is_gone(config: Path, tmp_path: Path) -> None:
+    config.write_text(NANO.format(steps=100_000))
+    with subprocess.Popen(command(config, tmp_path / "run", "dp=2"), stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline().startswith("step 1/")
+        run.kill()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            with checkpoint.exclusive(tmp_path / "run"):  # free when the first rank has ended
+                break
+        except TrainingError:
+            time.sleep(0.2)
+    assert checkpoint.load_latest(tmp_path / "run") is not None
