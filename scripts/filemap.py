@@ -29,6 +29,7 @@ NOTES = {
     "docs/clients.md": "programs that use the server: tested examples with what they print",
     "docs/embedded.md": "the embedded model: what it is, how it was trained, held-out scores",
     "docs/images/page-experts.png": "the chat page: experts of an answer",
+    "docs/images/serving.png": "speed of the server by number of streams, beside llama.cpp's",
     "docs/images/page-phone.png": "the chat page on a phone",
     "docs/images/page-tools.png": "the chat page: a function call",
     "docs/images/page-wide.png": "the chat page: a conversation",

@@ -123,7 +123,13 @@ def write_plot(path: Path, turns: Mapping[str, Mapping[str, Sequence[Figures]]],
     figure.suptitle(title, fontsize="medium")
     for axes, (label, (middle, late)) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for colour, (server, rows) in zip(("#1f6f8b", "#c0793a"), medians(turns).items(), strict=False):
-            axes.plot(list(rows), [row[middle] for row in rows.values()], "o-", color=colour, label=server)
+            axes.plot(
+                list(rows),
+                [row[middle] for row in rows.values()],
+                "o-",
+                color=colour,
+                label=f"{server}, median" if late else server,
+            )
             if late:
                 axes.plot(list(rows), [row[late] for row in rows.values()], "o--", color=colour, label=f"{server}, p95")
         axes.set(xscale="log", xlabel="streams", title=label, ylim=(0, None))

@@ -31,17 +31,19 @@ def main() -> int:
     """Measure, print a table, write what was asked for."""
     given = _arguments()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the servers are ended too
+    found: dict[str, Any] = {"settings": _settings(given), "machine": machine(), "turns": {}}
     try:
         if given.merge:
             found = merge(given.merge)
         else:
-            found = {"settings": _settings(given), "machine": machine(), "turns": _measure(given)}
+            _measure(given, found["turns"])
     except (ServerError, StreamError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        if given.json and found["turns"]:  # what was measured before something went wrong is kept
+            given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found["turns"]))
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if given.plot:
         write_plot(given.plot, found["turns"], given.title or _title(found["settings"]))
     return 0
@@ -96,8 +98,7 @@ def _kinds(given: argparse.Namespace) -> list[Kind]:
     return made
 
 
-def _measure(given: argparse.Namespace) -> dict[str, dict[str, list[dict[str, float]]]]:
-    turns: dict[str, dict[str, list[dict[str, float]]]] = {}
+def _measure(given: argparse.Namespace, turns: dict[str, dict[str, list[dict[str, float]]]]) -> None:
     with contextlib.ExitStack() as stack:
         servers = []
         for kind in _kinds(given):
@@ -108,7 +109,7 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, list[dict[str, fl
             for streams in given.streams:
                 for server in servers:
                     server.resume()
-                    found = _turn(server, given, streams, seed=given.seed * 1000 + turn)
+                    found = _turn(server, given, streams, seed=(given.seed * 1000 + turn) * 1000 + streams)
                     server.pause()
                     rows = turns.setdefault(server.kind.name, {}).setdefault(str(streams), [])
                     rows.append(found)
@@ -116,12 +117,11 @@ def _measure(given: argparse.Namespace) -> dict[str, dict[str, list[dict[str, fl
                     print(
                         f"turn {turn + 1}, {streams} streams, {server.kind.name}: {shown}", file=sys.stderr, flush=True
                     )
-    return turns
 
 
 def _turn(server: Server, given: argparse.Namespace, streams: int, seed: int) -> dict[str, float]:
     count = streams * given.requests
-    made = prompts(count, given.prompt, vocab_size=given.vocab_size, seed=seed + streams, shared=given.shared)
+    made = prompts(count, given.prompt, vocab_size=given.vocab_size, seed=seed, shared=given.shared)
     data = [request(server.host, server.body(one, given.tokens, given.temperature)) for one in made]
     before, watch = server.cpu(), Watch(server.group)
     found = asyncio.run(wave(server.address, [data[place::streams] for place in range(streams)]))

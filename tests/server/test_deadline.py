@@ -80,7 +80,7 @@ def test_a_cancellation_by_somebody_else_stays_one() -> None:
         task = asyncio.create_task(wait())
         await asyncio.sleep(0.01)
         deadline._due = 0.0
-        deadline._look()
+        deadline._look(asyncio.get_running_loop())
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

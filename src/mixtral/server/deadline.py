@@ -21,6 +21,7 @@ class Deadline:
 
     def __init__(self) -> None:
         self._due = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None  # who waits
         self._timer: asyncio.TimerHandle | None = None
         self._expired = False
@@ -32,13 +33,15 @@ class Deadline:
         return self
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        task = asyncio.current_task(self._loop)  # without a loop it asks the system for the number of this process
         if task is None or self._task is not None:
             raise RuntimeError("a deadline is used by one task at a time")
         self._task = task
         self._cancelling = task.cancelling()
         if self._timer is None or self._timer.when() > self._due:
-            self._arm()
+            self._arm(self._loop)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -49,18 +52,17 @@ class Deadline:
             if task.uncancel() <= self._cancelling and kind is not None and issubclass(kind, asyncio.CancelledError):
                 raise TimeoutError from error
 
-    def _arm(self) -> None:
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(min(self._due, loop.time() + _TICK_S), self._look)
+        self._timer = loop.call_at(min(self._due, loop.time() + _TICK_S), self._look, loop)
 
-    def _look(self) -> None:
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         if self._task is None:
             return
         if time.monotonic() < self._due:
-            self._arm()
+            self._arm(loop)
         else:
             self._expired = True
             self._task.cancel()
