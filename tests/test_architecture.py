@@ -44,7 +44,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
         {"wire", "tokenizer", "grammar"},
         {"fastapi", "starlette", "uvicorn", "h11", "msgspec", "prometheus_client"},
     ),
-    "train": ({"model", "ops", "weights", "tokenizer", "desk", "adapters"}, {"torch", "numpy", "safetensors"}),
+    "train": ({"model", "ops", "quant", "weights", "tokenizer", "desk", "adapters"}, {"torch", "numpy", "safetensors"}),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),
     "results": ({"tokenizer", "wire"}, set()),
     "api": ({"results", "adapters", "compiled", "model", "ops", "weights", "tokenizer", "wire", "engine"}, {"torch"}),

@@ -17,6 +17,7 @@ import mixtral
 from mixtral.adapters import attach_factors
 from mixtral.adapters.peft import read_adapter
 from mixtral.errors import ConfigError, TrainingError
+from mixtral.quant.modules import PackedLinear
 from mixtral.train import checkpoint
 from mixtral.train.export import export_run
 from mixtral.train.loop import StepReport
@@ -24,6 +25,7 @@ from mixtral.train.sft import Sft, sft
 from mixtral.train.training import forward
 from mixtral.train.tune import SftConfig
 from mixtral.weights import load_model
+from mixtral.weights.convert import convert
 
 Write = Callable[[str, Sequence[object]], Path]
 Make = Callable[..., SftConfig]
@@ -197,6 +199,18 @@ def test_an_adapter_becomes_a_peft_folder(tmp_path: Path, plain: Path, talks: Pa
         assert torch.equal(forward(model, part).hidden_TD, forward(run.model, part).hidden_TD)
 
 
+def test_an_adapter_learns_beside_quantised_weights(tmp_path: Path, plain: Path, talks: Path) -> None:
+    convert(plain, tmp_path / "int4", layout="per-expert", form="int4_g32")
+    settings = config(talks, adapter={"rank": 4}, optim={"learning_rate": 2e-2, "schedule": "constant"})
+    with pytest.raises(ConfigError, match="are quantised; all of a model can be trained from float weights only"):
+        Sft(config(talks), tmp_path / "all", tmp_path / "int4")
+    told: list[StepReport] = []
+    run = sft(settings, tmp_path / "run", tmp_path / "int4", on_step=told.append)
+    assert any(isinstance(module, PackedLinear) for module in run.model.modules())
+    assert told[-1].loss < told[0].loss - 0.5
+    assert export_run(tmp_path / "run", tmp_path / "adapter") == "a PEFT adapter"
+
+
 def test_held_out_lines_are_evaluated_and_not_trained(tmp_path: Path, plain: Path, talks: Path, lines: Write) -> None:
     told: list[tuple[int, float]] = []
     held = lines("held.jsonl", [{"text": "Nobody trains this."}])
@@ -223,6 +237,12 @@ def test_a_run_does_not_go_on_with_other_lines_or_another_model(
     talks.write_text(talks.read_text() + '{"text": "more"}\n')
     with pytest.raises(TrainingError, match=r"started with other data \(sha256 .*bring the old files back"):
         sft(config(talks, run={"steps": 2}), tmp_path / "run", plain, on_step=ignore)
+
+
+def test_files_may_lie_elsewhere_when_a_run_goes_on(tmp_path: Path, plain: Path, talks: Path) -> None:
+    sft(config(talks, run={"steps": 1}), tmp_path / "run", plain, on_step=ignore)
+    moved = talks.rename(tmp_path / "moved.jsonl")
+    assert sft(config(moved, run={"steps": 2}), tmp_path / "run", plain, on_step=ignore).steps_done == 2
 
 
 def test_a_run_does_not_go_on_as_another_kind(tmp_path: Path, plain: Path, talks: Path) -> None:
