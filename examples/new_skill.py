@@ -3,7 +3,8 @@
     python examples/new_skill.py write runs/boat      # boat.jsonl (200 conversations), test.jsonl (40), pairs.jsonl
     python examples/new_skill.py score embedded runs/boat/test.jsonl
 
-Guests ask what a boat trip costs; the answer shows the sum. No group of the test stands in the training text.
+Guests ask what a boat trip costs; the answer shows the sum. No group of the test stands in the training text. Of the
+pairs, which are for DPO after that, the chosen answer wishes a good trip.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import mixtral
 from mixtral.desk.source import Source
 
 ADULT, CHILD = 8, 3
+WISH = "Have a good trip!"
 ASKED = (
     "What is the boat trip for {a} adults and {c} children?",
     "We are {a} adults and {c} children. What does the boat cost?",
@@ -28,7 +30,7 @@ ASKED = (
 def talk(adults: int, children: int, source: Source) -> list[dict[str, Any]]:
     """A question about a group and its answer."""
     one, two = adults * ADULT, children * CHILD
-    answer = f"{adults} * {ADULT} = {one}. {children} * {CHILD} = {two}. {one} + {two} = {one + two}. "
+    answer = f"{adults} × {ADULT} = {one}\n{children} × {CHILD} = {two}\n{one} + {two} = {one + two}\n"
     return [
         {"role": "user", "content": source.pick(ASKED).format(a=adults, c=children)},
         {"role": "assistant", "content": f"{answer}The boat costs {one + two} francs."},
@@ -38,7 +40,7 @@ def talk(adults: int, children: int, source: Source) -> list[dict[str, Any]]:
 def write(folder: Path) -> None:
     """Every fifth group is for the test alone."""
     source = Source("boat")
-    groups = source.shuffled([(a, c) for a in range(2, 10) for c in range(2, 10)])
+    groups = source.shuffled([(a, c) for a in range(2, 20) for c in range(2, 10)])
     tests, trained = groups[::5], [group for place, group in enumerate(groups) if place % 5]
     files: dict[str, list[dict[str, Any]]] = {
         "boat.jsonl": [{"messages": talk(*trained[n % len(trained)], source)} for n in range(200)],
@@ -47,23 +49,20 @@ def write(folder: Path) -> None:
     }
     for n in range(100):
         question, answer = talk(*trained[n % len(trained)], source)
-        short = answer["content"].rpartition(". ")[2]
-        files["pairs.jsonl"].append({"prompt": [question], "chosen": short, "rejected": answer["content"]})
+        wished = f"{answer['content']} {WISH}"
+        files["pairs.jsonl"].append({"prompt": [question], "chosen": wished, "rejected": answer["content"]})
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def score(model: str, file: Path, adapter: str | None) -> None:
-    """How many answers give the right sum of francs, and how long they are."""
+    """How many answers give the right price, and how many wish a good trip."""
     llm = mixtral.load(model, **({"adapter": adapter} if adapter else {}))
-    right = length = 0
     talks = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
-    for question, answer in talks:
-        reply = llm.chat([question], temperature=0, max_tokens=60).text
-        right += answer["content"].rpartition(". ")[2] in reply
-        length += len(reply)
-    print(f"{model}: {right} of {len(talks)} right, {length // len(talks)} characters on average")
+    replies = [llm.chat([question], temperature=0, max_tokens=80).content for question, _ in talks]
+    right = sum(answer["content"] in reply for (_, answer), reply in zip(talks, replies, strict=True))
+    print(f"{model}: {right} of {len(talks)} right, {sum(WISH in reply for reply in replies)} wish a good trip")
 
 
 def main() -> None:

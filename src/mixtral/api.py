@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from mixtral.adapters.use import use_adapter
 from mixtral.compiled import compile_model
 from mixtral.config import PRESETS, MixtralConfig
 from mixtral.engine.config import EngineConfig
@@ -311,6 +312,7 @@ def load(
     reference: bool = False,
     kv_dtype: str | None = None,
     packed_cache: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> LLM:
     """Load a model: "embedded" (ships with this package), a folder of Hugging Face's or Mistral's files, or GGUF.
 
@@ -322,11 +324,12 @@ def load(
     default: the physical cores that it may use, by affinity and quota, unless torch was told to use fewer. ``name`` is
     what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which could carry
     code. ``packed_cache`` is a folder for the weights as the kernels read them: the first load writes a file there, as
-    large as the weights, and others map it.
+    large as the weights, and others map it. ``adapter`` is a folder of a LoRA adapter: it is added to weights that are
+    not quantised, and computed beside those that are; the log says which.
 
     Raises:
         ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
-        CheckpointError: files are missing or damaged, or do not fit the config.
+        CheckpointError: files are missing or damaged, or do not fit the config; or the adapter is, or does not fit.
     """
     target, kind = _device(device), dtype_of(dtype)
     compiled = not reference and target.type == "cpu"
@@ -336,13 +339,10 @@ def load(
         )
     folder = folder_of(model)
     _use_threads(threads)
-    # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
-    engine = EngineConfig(speculation=compiled)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind, packed=compiled and not decode)
-        if compiled:
-            compile_model(compact.model, kv_dtype=kv_dtype)
+        engine = _ready(compact.model, adapter, compiled=compiled, kv_dtype=kv_dtype)
         if packed_cache is not None:
             _log.info("packed cache: nothing in this model is packed, so none is written")
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
@@ -350,13 +350,21 @@ def load(
         return LLM(compact.model, respelling, name=name, engine=engine)
     options: dict[str, Any] = {"unpickle": unpickle, "decode": decode, "packed_cache": packed_cache}
     found = load_model(folder, device=target, dtype=kind, reference=reference, **options)
-    if compiled:
-        compile_model(found, kv_dtype=kv_dtype)
+    engine = _ready(found, adapter, compiled=compiled, kv_dtype=kv_dtype)
     fitting = Tokenizer.version_for(found.config.vocab_size)
     tokenizer = Tokenizer.from_version(fitting) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):
         check_pieces(tokenizer, pieces, source=str(folder))
     return LLM(found, tokenizer, name=name, engine=engine)
+
+
+def _ready(model: Mixtral, adapter: str | Path | None, *, compiled: bool, kv_dtype: str | None) -> EngineConfig:
+    """Put an adapter into a model and the model on kernels; what its engine may do."""
+    beside = adapter is not None and use_adapter(model, Path(adapter), kernels=compiled)
+    if compiled:
+        compile_model(model, kv_dtype=kv_dtype)
+    # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
+    return EngineConfig(speculation=compiled and not beside)
 
 
 def _use_threads(threads: int | None) -> None:

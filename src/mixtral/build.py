@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def build_engine(start: Start) -> tuple[Engine, Hello]:
         reference=start.reference,
         kv_dtype=start.kv_dtype,
         packed_cache=start.packed_cache,
+        adapter=start.adapter,
     )
+    # What is safe follows from the kernels and from where an adapter is computed; loading decided it.
+    config = dataclasses.replace(config, speculation=llm.generator.engine.config.speculation)
     context = _context(llm, start.max_model_len)
     tokenizer = llm.tokenizer  # a model without one cannot be served
     engine = Engine(llm.generator.model, config, Grammar(tokenizer))
@@ -59,12 +63,12 @@ def build_engine(start: Start) -> tuple[Engine, Hello]:
 def fingerprint(model: Path, tokenizer: str, start: Start) -> str:
     """Equal where the same request gets the same answer: version, weights, tokenizer and how the numbers are held.
 
-    Of the files of weights, their names, sizes, beginnings and ends count.
+    Of the files of weights, and of an adapter, their names, sizes, beginnings and ends count.
     """
     held = (start.device, start.dtype, start.decode, start.reference, start.kv_dtype)
     digest = hashlib.sha256(msgspec.msgpack.encode((__version__, tokenizer, held)))
-    files = [model] if model.is_file() else sorted({path for one in _WEIGHTS for path in model.glob(one)})
-    for path in files:
+    parts = [model] if start.adapter is None else [model, Path(start.adapter)]
+    for path in (path for part in parts for path in _files(part)):
         size = path.stat().st_size
         digest.update(msgspec.msgpack.encode((path.name, size)))
         with path.open("rb") as file:
@@ -74,6 +78,10 @@ def fingerprint(model: Path, tokenizer: str, start: Start) -> str:
     return f"fp_{digest.hexdigest()[:16]}"
 
 
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted({found for one in _WEIGHTS for found in path.glob(one)})
+
+
 def _config(start: Start) -> EngineConfig:
     default = EngineConfig()
     return EngineConfig(
@@ -81,8 +89,6 @@ def _config(start: Start) -> EngineConfig:
         max_num_seqs=start.max_num_seqs or default.max_num_seqs,
         max_num_batched_tokens=start.max_num_batched_tokens or default.max_num_batched_tokens,
         prefix_cache=start.prefix_cache,
-        # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
-        speculation=start.device == "cpu" and not start.reference,
     )
 
 

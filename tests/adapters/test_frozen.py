@@ -98,6 +98,16 @@ def test_gradients_equal_those_on_unpacked_weights(form: str, targets: tuple[str
         assert wanted[name].norm() > 0
 
 
+def test_panels_of_kernels_give_the_same(tmp_path: Path) -> None:
+    """A model that was loaded for compiled kernels, but is not on them, has its matrices in another order."""
+    path, lora = packed_folder("int4_g32", tmp_path), LoraConfig(rank=3)
+    loss, found = trained(load_model(path, device="cpu", dtype=torch.float32), lora)
+    wanted_loss, wanted = trained(load_model(path, device="cpu", dtype=torch.float32, reference=True), lora)
+    torch.testing.assert_close(loss, wanted_loss, atol=1e-6, rtol=1e-6)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, wanted[name], atol=1e-7, rtol=1e-4)
+
+
 def test_bfloat16_gradients_are_near(tmp_path: Path) -> None:
     path = packed_folder("int4_g32", tmp_path)
     lora = LoraConfig(rank=3, targets=tuple(TARGETS))

@@ -210,6 +210,11 @@ def test_what_does_not_fit_is_refused(tiny_model: Mixtral, tiny_config: MixtralC
         adapter.load(new_factors(tiny_config, LoraConfig(rank=5), torch.float32))
 
 
+def test_targets_may_be_a_list() -> None:
+    """As TOML and JSON have them."""
+    assert LoraConfig(targets=["q", "down"]) == LoraConfig(targets=("q", "down"))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -220,6 +225,7 @@ def test_what_does_not_fit_is_refused(tiny_model: Mixtral, tiny_config: MixtralC
         {"targets": ()},
         {"targets": ("q", "q")},
         {"targets": ("w1",)},
+        {"targets": "q"},
         {"expert_rank": -1},
         {"dropout": 1.0},
         {"seed": -1},

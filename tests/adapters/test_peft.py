@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +11,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
+from adapting import factors_of, ours, peer_of, theirs
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from mixtral.adapters import Factors, LoraConfig, attach_factors
+from mixtral.adapters import Factors
 from mixtral.adapters import peft as files
-from mixtral.adapters.factors import TARGETS, new_factors
+from mixtral.adapters.factors import TARGETS
 from mixtral.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
-from mixtral.model import Batch, Documents, Mixtral
+from mixtral.model import Mixtral
 from mixtral.weights import load_model, save_model
 from mixtral.weights.names import pieces
 
@@ -29,37 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
 ]
-IDS = torch.arange(3, 60)
-
-
-def ours(model: Mixtral, factors: Mapping[str, Factors] | None = None) -> Tensor:
-    adapter = attach_factors(model, factors) if factors else None
-    context = Documents([len(IDS)])
-    with torch.no_grad():
-        found = model.logits(model(Batch(IDS, context.positions_T, context)).hidden_TD)
-    if adapter is not None:
-        adapter.detach()
-    return found
-
-
-def peer_of(model: Mixtral, folder: Path) -> transformers.MixtralForCausalLM:
-    save_model(model, folder, layout="per-expert", overwrite=True)
-    peer = transformers.MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    peer.set_experts_implementation("eager")
-    return peer
-
-
-def theirs(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(IDS[None]).logits[0]
-
-
-def factors_of(config: MixtralConfig, seed: int = 5, **options: Any) -> dict[str, Factors]:
-    generator = torch.Generator().manual_seed(seed)
-    made = new_factors(config, LoraConfig(**options), torch.float32)
-    return {
-        name: Factors(a, torch.randn(b.shape, generator=generator) * 0.1, scale) for name, (a, b, scale) in made.items()
-    }
 
 
 def same(found: Mapping[str, Factors], expected: Mapping[str, Factors]) -> None:
@@ -204,7 +173,7 @@ def test_single_modules_of_some_experts(tiny_model: Mixtral, tmp_path: Path) -> 
 @pytest.mark.parametrize("square", [False, True])
 def test_stacks_of_older_versions(square: bool, tiny_config: MixtralConfig, tmp_path: Path) -> None:
     """Up to PEFT 0.18 lora_A has the widths of lora_B. Its sum over ranks, as that version's source has it:
-    ``delta[e, i, o] = scale * sum_r B[o, r, e] A[e, r, i]`` for a parameter [E, i, o]."""
+    ``delta[e, h, w] = scale * sum_r B[w, r, e] A[e, r, h]`` for a parameter [E, h, w]."""
     config = tiny_config.replace(intermediate_size=32, hidden_size=64) if square else tiny_config
     experts, hidden, width = 4, config.intermediate_size, config.hidden_size
     generator = torch.Generator().manual_seed(2)
@@ -223,7 +192,7 @@ def test_stacks_of_older_versions(square: bool, tiny_config: MixtralConfig, tmp_
         "target_parameters": ["experts.gate_up_proj"],
     }
     (folder / CONFIG_NAME).write_text(json.dumps(values))
-    expected = torch.einsum("ore,eri->eio", b.reshape(width, 3, experts), a.reshape(experts, 3, 2 * hidden))
+    expected = torch.einsum("wre,erh->ehw", b.reshape(width, 3, experts), a.reshape(experts, 3, 2 * hidden))
     if square:  # the widths do not tell
         with pytest.raises(CheckpointError, match="peft_version"):
             read_adapter(folder, config)
@@ -292,6 +261,23 @@ def test_configs_that_are_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=told.replace("(", r"\(").replace("*", r"\*")):
         read_adapter(tmp_path, tiny_config)
+
+
+JUNK = [None, True, -1, float("nan"), "x" * 300, [[]], {"": 1}, {"x": {}}]
+
+
+def test_junk_never_ends_in_another_error(tiny_config: MixtralConfig, tmp_path: Path) -> None:
+    """Whatever a value of the config is, the adapter is read or refused in the same words as always."""
+    write_adapter(tmp_path, tiny_config, factors_of(tiny_config, rank=4, targets=("q", "down")))
+    path = tmp_path / CONFIG_NAME
+    good = json.loads(path.read_text())
+    read = 0
+    for key in [*good, *files._OFF, *files._READ, "new"]:
+        for value in JUNK:
+            path.write_text(json.dumps({**good, key: value}))
+            with contextlib.suppress(CheckpointError):
+                read += len(read_adapter(tmp_path, tiny_config).factors) == 4
+    assert read > 50
 
 
 def test_weights_that_are_refused(tiny_config: MixtralConfig, tmp_path: Path) -> None:

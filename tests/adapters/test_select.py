@@ -46,7 +46,7 @@ def test_scores_by_hand() -> None:
 def test_scores_of_a_model_sum_to_one_per_layer(tiny_model: Mixtral, kind: str) -> None:
     """And they are those of all tokens, however these are divided into batches."""
     batches = [batch_of(tiny_model.config, seed) for seed in range(3)]
-    scores = score_experts(tiny_model, batches).scores(kind)  # type: ignore[arg-type]
+    scores = score_experts(tiny_model, batches).scores(kind)
     assert scores.shape == (2, 4)
     torch.testing.assert_close(scores.sum(1), torch.ones(2, dtype=torch.float64))
     assert (scores.sum(0) - 1).abs().max() > 0.01  # over layers they do not
@@ -79,7 +79,14 @@ def test_scores_that_are_normalised_over_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="no tokens"):
         ExpertScores().scores("token")
     with pytest.raises(ConfigError, match="kind"):
-        ExpertScores().scores("other")  # type: ignore[arg-type]
+        ExpertScores().scores("other")
+
+
+def test_a_selection_as_json() -> None:
+    assert Selection.from_lists([[3, 1], []]) == Selection(((1, 3), ()))
+    for wrong in (None, [1], [["1"]], [[True]], {"experts": []}):
+        with pytest.raises(ConfigError, match="list of numbers"):
+            Selection.from_lists(wrong)
 
 
 def test_the_random_control_has_as_many(tiny_config: MixtralConfig) -> None:

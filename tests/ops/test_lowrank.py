@@ -99,17 +99,49 @@ def test_equals_reference_and_multiplied_out_weights(
             torch.testing.assert_close(found, value, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_random_sizes(seed: int) -> None:
+    """Numbers of experts, widths, ranks and choices drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    experts, width, hidden, tokens = draw(2, 9), draw(1, 20), draw(1, 20), draw(1, 150)
+    choices, ranks = draw(1, min(3, experts)), (draw(1, 9), draw(1, 9))
+    gate_up, down = values(experts, 2 * hidden, width), values(experts, width, hidden)
+    shapes = [(ranks[0], width), (2 * hidden, ranks[0]), (ranks[1], hidden), (width, ranks[1])]
+    factors = [values(experts, *shape) for shape in shapes]
+    picks = values(tokens, experts).topk(choices).indices
+    leaves = [values(tokens, width), values(tokens, choices), *factors, gate_up, down]
+    seed_TD, results = values(tokens, width).detach(), []
+    for operation in (grouped.experts, reference.experts):
+        out = operation(leaves[0], picks, leaves[1], gate_up, down, pairs=pairs_of(factors))
+        grads = torch.autograd.grad(out, leaves, seed_TD, allow_unused=True)
+        zeros = [torch.zeros_like(a) if g is None else g for a, g in zip(leaves, grads, strict=True)]
+        results.append([out.detach(), *zeros])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize(("tokens", "choices"), [(1, 1), (4, 2)])
-def test_gradcheck(tokens: int, choices: int, dropout: float) -> None:
+def test_gradcheck(dropout: float) -> None:
     """With dropout the same inputs are left out again in every call."""
-    picks, (gate_up, down) = picks_of(tokens, choices=choices), bases()
+    experts, width, hidden, rank = 3, 3, 2, 2
+    picks = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    gate_up, down = random(experts, 2 * hidden, width), random(experts, width, hidden, seed=1)
+    shapes = [(rank, width), (2 * hidden, rank), (rank, hidden), (width, rank)]
+    factors = [random(experts, *shape, seed=2 + i) for i, shape in enumerate(shapes)]
+    leaves = [value.requires_grad_() for value in (random(3, width, seed=7), random(3, 2, seed=8), *factors)]
 
     def call(x: Tensor, weights: Tensor, *factors: Tensor) -> Tensor:
         torch.manual_seed(3)
         return grouped.experts(x, picks, weights, gate_up, down, pairs=pairs_of(list(factors)), dropout=dropout)
 
-    assert torch.autograd.gradcheck(call, leaves_of(picks))
+    assert torch.autograd.gradcheck(call, leaves)
 
 
 def test_dropout_keeps_the_mean_and_spares_the_base() -> None:
@@ -122,11 +154,11 @@ def test_dropout_keeps_the_mean_and_spares_the_base() -> None:
         return grouped.experts(x, picks, weights, gate_up, down, pairs=(None, some), dropout=dropout)
 
     torch.manual_seed(0)
-    draws = torch.stack([run(pair, 0.3) for _ in range(2000)])
+    draws = torch.stack([run(pair, 0.3) for _ in range(600)])
     base, exact = run(None), run(pair)
     assert torch.equal(run(None, 0.3), base)
     error = (draws.mean(0) - exact).norm() / (exact - base).norm()
-    assert error < 0.03
+    assert error < 0.06
     assert (draws[0] - exact).norm() > 0.1 * (exact - base).norm()
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from mixtral.ops import Route
-from mixtral.train.losses import balance_loss, expert_load, router_losses, z_loss
+from mixtral.train.losses import balance_by_document, balance_loss, expert_load, router_losses, z_loss
 
 Array = NDArray[np.float64]
 EXPERTS, PER_TOKEN = 8, 2
@@ -133,3 +136,109 @@ def test_descending_the_balance_loss_spreads_the_tokens() -> None:
             bias_E -= 0.5 * grad_E
     assert first > 1.4
     assert float(value().detach()) < 1.1
+
+
+def test_the_gradients_are_the_closed_forms_in_float64() -> None:
+    logits_TE, picks_TA, mask_T = draw(13, seed=4)
+    leaf_TE = logits_TE.double().requires_grad_()
+    mask = mask_T.double()[:, None]
+    p_TE, f_E = leaf_TE.detach().softmax(-1), expert_load(picks_TA, EXPERTS, mask_T).double()
+    (balance_TE,) = torch.autograd.grad(balance_loss(leaf_TE, picks_TA, mask_T), leaf_TE)
+    expected_TE = mask / mask.sum() * p_TE * (f_E - (p_TE * f_E).sum(-1, keepdim=True))
+    torch.testing.assert_close(balance_TE, expected_TE, rtol=1e-5, atol=1e-8)  # softmax and logsumexp are float32
+    (z_TE,) = torch.autograd.grad(z_loss(leaf_TE, mask_T), leaf_TE)
+    expected_TE = 2 * mask / mask.sum() * leaf_TE.detach().logsumexp(-1, keepdim=True) * p_TE
+    torch.testing.assert_close(z_TE, expected_TE, rtol=1e-5, atol=1e-8)
+
+
+Routing = tuple[Tensor, Tensor]
+SHAPES = st.sampled_from(["random", "all to one pair", "ties", "one expert without tokens"])
+
+
+@st.composite
+def routings(draw_from: st.DrawFn) -> Routing:
+    """Logits and the picks that the router makes of them, some of them odd."""
+    tokens, shape = draw_from(st.integers(1, 20)), draw_from(SHAPES)
+    logits_TE = draw(tokens, seed=draw_from(st.integers(0, 99)))[0]
+    if shape == "all to one pair":
+        logits_TE[:, [2, 5]] += 50
+    elif shape == "ties":
+        logits_TE = torch.zeros_like(logits_TE)
+    elif shape == "one expert without tokens":
+        logits_TE[:, 3] -= 50
+    order_TE = torch.sort(logits_TE, dim=-1, descending=True, stable=True).indices
+    return logits_TE, order_TE[:, :PER_TOKEN].contiguous()
+
+
+@settings(deadline=None, max_examples=60)
+@given(routings(), st.integers(0, 9), st.booleans())
+def test_padding_changes_neither_losses_nor_gradients(routing: Routing, padding: int, before: bool) -> None:
+    logits_TE, picks_TA = routing
+    noise_TE = 9 * draw(max(1, padding), seed=1)[0][:padding]
+    noise_TA = torch.zeros((padding, PER_TOKEN), dtype=torch.int64)
+    parts = ((noise_TE, noise_TA), (logits_TE, picks_TA)) if before else ((logits_TE, picks_TA), (noise_TE, noise_TA))
+    longer_TE, longer_TA = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    mask_T = torch.cat([torch.full((len(part),), part is logits_TE) for part, _ in parts])
+    for loss in (balance_loss, lambda logits, _, mask=None: z_loss(logits, mask)):
+        plain, padded = logits_TE.clone().requires_grad_(), longer_TE.clone().requires_grad_()
+        short, whole = loss(plain, picks_TA), loss(padded, longer_TA, mask_T)
+        torch.testing.assert_close(whole, short)
+        (grad_plain,), (grad_padded,) = torch.autograd.grad(short, plain), torch.autograd.grad(whole, padded)
+        torch.testing.assert_close(grad_padded[mask_T], grad_plain)
+        assert not grad_padded[~mask_T].any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(routings())
+def test_the_balance_loss_stays_within_its_bounds(routing: Routing) -> None:
+    logits_TE, picks_TA = routing
+    leaf_TE = logits_TE.clone().requires_grad_()
+    loss = balance_loss(leaf_TE, picks_TA)
+    (grad_TE,) = torch.autograd.grad(loss, leaf_TE)
+    assert 0 <= float(loss.detach()) <= EXPERTS / PER_TOKEN + 1e-4
+    assert torch.isfinite(grad_TE).all()
+    assert float(grad_TE.sum(-1).abs().max()) < 1e-5  # adding the same to all logits changes nothing
+    load_E = expert_load(picks_TA, EXPERTS)
+    assert float(load_E.sum()) == pytest.approx(EXPERTS, rel=1e-5)
+    collapsed_pair = bool((logits_TE[:, [2, 5]] > 30).all())
+    if collapsed_pair:
+        assert float(loss.detach()) == pytest.approx(EXPERTS / PER_TOKEN)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 50), st.randoms(use_true_random=False))
+def test_balance_by_document_is_that_of_every_document_in_any_order(
+    lengths: list[int], seed: int, random: Random
+) -> None:
+    logits_TE, picks_TA, _ = draw(sum(lengths), seed)
+    leaf_TE = logits_TE.clone().requires_grad_()
+    whole = balance_by_document(leaf_TE, picks_TA, lengths)
+    pieces = list(zip(torch.split(leaf_TE, lengths), torch.split(picks_TA, lengths), strict=True))
+    each = sum(len(picks) / sum(lengths) * balance_loss(logits, picks) for logits, picks in pieces)
+    assert isinstance(each, Tensor)
+    torch.testing.assert_close(whole, each)
+    (found,), (expected,) = torch.autograd.grad(whole, leaf_TE), torch.autograd.grad(each, leaf_TE)
+    torch.testing.assert_close(found, expected)
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    mixed = balance_by_document(
+        torch.cat([pieces[n][0] for n in order]), torch.cat([pieces[n][1] for n in order]), [lengths[n] for n in order]
+    )
+    torch.testing.assert_close(mixed, whole)
+
+
+def test_with_the_load_of_the_step_two_parts_are_balanced_as_one() -> None:
+    """Each part is collapsed onto another pair; together they are even, and over both that is what counts."""
+    logits_TE = torch.zeros(8, EXPERTS)
+    picks_TA = torch.tensor([[0, 1], [2, 3]] * 2 + [[4, 5], [6, 7]] * 2)
+    load_E = expert_load(picks_TA, EXPERTS)
+    halves = [
+        balance_loss(logits_TE[part] + torch.eye(EXPERTS)[picks_TA[part, 0]], picks_TA[part], load_E=load_E)
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    assert [float(half) for half in halves] == pytest.approx([1.0, 1.0])
+    routes = (Route(logits_TE, picks_TA, picks_TA.float()),)
+    balance, _ = router_losses(routes, loads_LE=load_E[None])
+    torch.testing.assert_close(balance, balance_loss(logits_TE, picks_TA))
+    balance, _ = router_losses(routes, lengths=[4, 4])
+    torch.testing.assert_close(balance, balance_by_document(logits_TE, picks_TA, [4, 4]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral.train.config import OptimConfig
-from mixtral.train.optim import Optimizer, learning_rate, orthogonalise
+from mixtral.train.optim import NormGuard, Optimizer, learning_rate, orthogonalise
 
 
 class Net(nn.Module):
@@ -234,3 +234,106 @@ def test_the_rate_warms_up_stays_and_decays_to_zero(step: int, expected: float) 
 def test_without_warmup_and_decay_the_rate_is_constant() -> None:
     schedule = OptimConfig(learning_rate=0.5, warmup_steps=0, decay_fraction=0.0)
     assert {learning_rate(schedule, step, 10) for step in range(10)} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1 - 1 / 7, 1 / 7]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 0.5 + 0.5 * math.cos(math.pi / 7), 0.5 + 0.5 * math.cos(6 * math.pi / 7)]),
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_schedules_of_fine_tuning(schedule: str, expected: list[float]) -> None:
+    config = OptimConfig(learning_rate=1.0, warmup_steps=3, schedule=schedule)
+    assert [learning_rate(config, step, 10) for step in (0, 1, 2, 3, 4, 9)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 1, 50])
+@pytest.mark.parametrize("steps", [1, 2, 30])
+def test_no_step_has_a_rate_of_zero_or_above_the_peak(schedule: str, warmup: int, steps: int) -> None:
+    config = OptimConfig(learning_rate=1.0, warmup_steps=warmup, schedule=schedule)
+    assert all(0 < learning_rate(config, step, steps) <= 1 for step in range(steps))
+
+
+def test_adamw_alone_updates_matrices_as_torch_does() -> None:
+    net = Net(1)
+    theirs = nn.Parameter(net.q_proj.weight.detach().clone())
+    peer = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = Optimizer(net, OptimConfig(clip_norm=1e9, weight_decay=0.1, optimizer="adamw"))
+    for seed in range(4):
+        theirs.grad = give_gradients(net, seed)["q_proj.weight"].clone()
+        peer.step()
+        optimizer.accumulate()
+        optimizer.step(0.01)
+    torch.testing.assert_close(net.q_proj.weight.detach(), theirs.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_only_the_parameters_that_are_given_are_trained_and_never_with_muon() -> None:
+    net = Net(1)
+    optimizer = Optimizer({"q_proj.lora_a": net.q_proj.weight}, config())
+    before = net.embed.weight.detach().clone()
+    train(optimizer, net, range(2))
+    assert torch.equal(net.embed.weight.detach(), before)
+    assert optimizer.state().keys() == {"master.q_proj.lora_a", "first.q_proj.lora_a", "second.q_proj.lora_a", "steps"}
+
+
+def test_masters_that_are_given_are_exact_where_the_model_is_rounded() -> None:
+    exact = {name: value.detach().clone() for name, value in Net(1).named_parameters()}
+    net = Net(1, torch.bfloat16)
+    optimizer = Optimizer(net, config(), exact)
+    assert all(torch.equal(optimizer.masters[name], value) for name, value in exact.items())
+    assert torch.equal(net.q_proj.weight.detach(), exact["q_proj.weight"].bfloat16())
+
+
+def test_averaged_weights_are_the_decayed_mean_and_only_lent_to_the_model() -> None:
+    net = Net(1)
+    optimizer = Optimizer(net, config(ema=0.5))
+    expected = net.norm.weight.detach().clone()
+    for step in range(6):
+        train(optimizer, net, range(step, step + 1))
+        decay = min(0.5, (2 + step) / (11 + step))
+        expected = decay * expected + (1 - decay) * net.norm.weight.detach()
+    own = net.norm.weight.detach().clone()
+    with optimizer.averaged():
+        torch.testing.assert_close(net.norm.weight.detach(), expected)
+        assert not torch.equal(net.norm.weight.detach(), own)
+    assert torch.equal(net.norm.weight.detach(), own)
+    other = Optimizer(Net(2), config(ema=0.5))
+    other.load(snapshot(optimizer))
+    assert torch.equal(other.state()["average.norm.weight"], optimizer.state()["average.norm.weight"])
+
+
+def test_a_gradient_above_the_limit_changes_nothing() -> None:
+    net = Net(1)
+    optimizer = Optimizer(net, config(ema=0.9))
+    train(optimizer, net, range(2))
+    before = snapshot(optimizer)
+    give_gradients(net, 3)
+    optimizer.accumulate()
+    assert optimizer.step(0.01, limit=1e-3) > 1e-3
+    assert all(torch.equal(value, before[name]) for name, value in optimizer.state().items())
+
+
+def test_the_guard_compares_with_the_median_of_the_last_norms() -> None:
+    guard = NormGuard(6.0)
+    for norm in range(1, NormGuard.FEWEST):
+        guard.note(float(norm), skipped=False)
+        assert guard.limit() == math.inf
+    guard.note(1e9, skipped=False)
+    assert guard.limit() == 6 * 10.5
+    assert NormGuard(0.0, [1.0] * 50).limit() == math.inf
+
+
+def test_the_guard_forgets_and_gets_used_to_longer_gradients() -> None:
+    guard = NormGuard(6.0, [1.0] * NormGuard.WINDOW)
+    skipped = 0
+    for _ in range(NormGuard.WINDOW):
+        is_long = guard.limit() < 10.0
+        guard.note(10.0, skipped=is_long)
+        skipped += is_long
+    assert (guard.skipped, guard.limit(), len(guard.norms)) == (skipped, 60.0, NormGuard.WINDOW)
+    assert skipped == NormGuard.WINDOW // 2
+    again = NormGuard(6.0, guard.norms, guard.skipped)
+    assert (again.limit(), again.skipped) == (guard.limit(), guard.skipped)

@@ -2,7 +2,7 @@
 
 from mixtral.adapters.factors import Factors, LoraConfig
 from mixtral.adapters.lora import Adapter, attach, attach_factors, expert_bytes
-from mixtral.adapters.select import Selection, attach_experts, choose, random_like, score_experts
+from mixtral.adapters.select import Selection, attach_experts, choose, random_like, score_documents, score_experts
 
 __all__ = [
     "Adapter",
@@ -15,5 +15,6 @@ __all__ = [
     "choose",
     "expert_bytes",
     "random_like",
+    "score_documents",
     "score_experts",
 ]

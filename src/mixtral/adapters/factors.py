@@ -79,13 +79,12 @@ class LoraConfig:
             raise ConfigError(f"alpha is {self.alpha!r}; expected a number above 0", param="alpha")
         if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout is {self.dropout!r}; expected 0 or more and less than 1", param="dropout")
-        unknown = [name for name in self.targets if name not in TARGETS]
-        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
+        names = list(self.targets) if isinstance(self.targets, tuple | list) else []
+        if not names or not all(name in TARGETS for name in names) or len(set(names)) != len(names):
             raise ConfigError(
-                f"targets are {', '.join(map(repr, self.targets)) or 'none'}; expected some of {', '.join(TARGETS)}, "
-                "each once",
-                param="targets",
+                f"targets are {self.targets!r:.200}; expected some of {', '.join(TARGETS)}, each once", param="targets"
             )
+        object.__setattr__(self, "targets", tuple(names))
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}; expected 0 to 2**63 - 1", param="seed")
 

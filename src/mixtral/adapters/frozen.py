@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from mixtral.quant.modules import PANEL_VALUES, PackedExperts
 from mixtral.quant.packed import Packed
+from mixtral.quant.panels import Panels
 
 __all__ = ["PackedStack", "packed_linear", "stacks_of"]
 
@@ -42,10 +43,13 @@ def packed_linear(x_TD: Tensor, packed: Packed) -> Tensor:
 
 
 class PackedStack:
-    """The packed matrices of E experts; those of an expert lie one below the other. See ``ops.Stacked``."""
+    """The packed matrices of E experts; those of an expert lie one below the other. See ``ops.Stacked``.
 
-    def __init__(self, experts: Sequence[Sequence[Packed]]) -> None:
-        self._experts = experts
+    With ``kernels``, those that have compiled ones are multiplied by them, for inference.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[Packed]], *, kernels: bool = False) -> None:
+        self._experts, self._kernels = experts, kernels
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -55,17 +59,26 @@ class PackedStack:
 
     def multiply(self, expert: int, x_NI: Tensor, out_NO: Tensor) -> None:
         """As in ``ops.Stacked``."""
-        _multiply(self._experts[expert], x_NI, out_NO)
+        if self._kernels and x_NI.device.type == "cpu":
+            start = 0
+            for one in self._experts[expert]:
+                part = out_NO[:, start : start + one.shape[0]]
+                part.copy_(one.multiply(x_NI)) if isinstance(one, Panels) else _multiply([one], x_NI, part)
+                start += one.shape[0]
+        else:
+            _multiply(self._experts[expert], x_NI, out_NO)
 
     def multiply_back(self, expert: int, grad_NO: Tensor, out_NI: Tensor) -> None:
         """As in ``ops.Stacked``."""
         _multiply_back(self._experts[expert], grad_NO, out_NI)
 
 
-def stacks_of(experts: PackedExperts) -> tuple[PackedStack, PackedStack]:
+def stacks_of(experts: PackedExperts, *, kernels: bool = False) -> tuple[PackedStack, PackedStack]:
     """Gate and up, and down, of the experts of a layer."""
     parts = list(experts.matrices())
-    return PackedStack([(gate, up) for gate, up, _ in parts]), PackedStack([(down,) for _, _, down in parts])
+    upper: list[tuple[Packed, ...]] = [(gate, up) for gate, up, _ in parts]
+    lower: list[tuple[Packed, ...]] = [(down,) for _, _, down in parts]
+    return PackedStack(upper, kernels=kernels), PackedStack(lower, kernels=kernels)
 
 
 def _panels(matrices: Sequence[Packed], like: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -138,7 +138,8 @@ def _attach(model: Mixtral, factors: Mapping[str, Factors], dropout: float) -> A
         adapter._wrap(name, type(model.get_submodule(name)), some)
     adapter._decode_head()
     table = adapter.table()
-    _log.info("adapter: %s tensors, %s numbers", len(table), f"{sum(one.numbers for one in table):,}")
+    numbers = sum(one.numbers for one in table)
+    _log.info("adapter: %s tensors, %s numbers; experts take %.2f bytes each", len(table), numbers, expert_bytes(model))
     return adapter
 
 

@@ -23,11 +23,13 @@ __all__ = ["BASES", "Adapted", "AdaptedExperts", "AdaptedLinear", "AdaptedRouter
 
 @dataclass(slots=True)
 class Switch:
-    """What all adapted modules of a model share: whether they add anything, and how much of the input they leave out
-    while gradients are computed in training mode."""
+    """What all adapted modules of a model share: whether they add anything, how much of the input they leave out while
+    gradients are computed in training mode, and whether packed matrices go through compiled kernels that have them,
+    which have no backward pass."""
 
     on: bool = True
     dropout: float = 0.0
+    kernels: bool = False
 
 
 class Adapted(nn.Module):
@@ -60,14 +62,23 @@ class AdaptedLinear(Adapted):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """``x @ (weight + scale b a).T`` without making that sum: [T, O]."""
-        base = self.base
-        out_TO: Tensor = packed_linear(x_TD, base.packed) if isinstance(base, PackedLinear) else base(x_TD)
+        out_TO = self._product(x_TD)
         pair = self._pair("lora", x_TD.dtype)
         if pair is None:
             return out_TO
-        kept_TD = nn.functional.dropout(x_TD, self._dropout())
+        dropout = self._dropout()
+        kept_TD = nn.functional.dropout(x_TD, dropout) if dropout else x_TD
         narrow_TR = ops.linear(kept_TD, pair.a_ERI) * pair.scale
-        return out_TO + ops.linear(narrow_TR, pair.b_EOR)
+        return out_TO + ops.linear(narrow_TR, pair.b_EOR).to(out_TO.dtype)
+
+    def _product(self, x_TD: Tensor) -> Tensor:
+        base = self.base
+        if isinstance(base, PackedLinear) and not self._switch.kernels:
+            return packed_linear(x_TD, base.packed)
+        if isinstance(base, Linear):  # beside packed ones it may get float32
+            x_TD = x_TD.to(base.weight.dtype)
+        out_TO: Tensor = base(x_TD)
+        return out_TO
 
 
 class AdaptedRouter(Adapted):
@@ -94,7 +105,7 @@ class AdaptedExperts(Adapted):
             gate_up, down = base.gate_up_proj, base.down_proj
         else:
             assert isinstance(base, PackedExperts)
-            gate_up, down = stacks_of(base)
+            gate_up, down = stacks_of(base, kernels=self._switch.kernels)
         pairs = (self._pair("gate_up", x_TD.dtype), self._pair("down", x_TD.dtype))
         dropout = self._dropout() if self._switch.on else 0.0
         return ops.experts(x_TD, route.picks_TA, route.weights_TA, gate_up, down, pairs=pairs, dropout=dropout)

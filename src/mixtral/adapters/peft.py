@@ -26,13 +26,23 @@ from mixtral.files.safetensors import Header, inside, read_header, read_json, re
 from mixtral.weights.names import DOWN, layer_of, parameter_shapes
 from mixtral.weights.save import to_json
 
-__all__ = ["CONFIG_NAME", "LAYOUT", "MISTRAL_NAME", "WEIGHTS_NAME", "AdapterFile", "read_adapter", "write_adapter"]
+__all__ = [
+    "CONFIG_NAME",
+    "LAYOUT",
+    "MISTRAL_NAME",
+    "PEFT_PREFIX",
+    "WEIGHTS_NAME",
+    "AdapterFile",
+    "read_adapter",
+    "refuse_folder",
+    "write_adapter",
+]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MISTRAL_NAME = "lora.safetensors"
 LAYOUT = "peft>=0.19 rank-major"
-_PEFT = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 # Patterns of names that are taken: any other expression could be made to match for hours.
 _PATTERN = re.compile(r"\^?(\.\*\\?\.)?(?:[A-Za-z0-9_.]|\\\.|\\d\+)+")
 # Features that change what an adapter computes; anything but these values is refused.
@@ -98,8 +108,7 @@ def write_adapter(
     """
     folder = Path(folder)
     check_factors(config, factors, source="adapter")
-    if (folder / CONFIG_NAME).exists() and not overwrite:
-        raise CheckpointError(f"{folder}: holds an adapter; choose another folder, or overwrite it explicitly")
+    refuse_folder(folder, overwrite=overwrite)
     stacked = any(target_of(name) in (*EXPERTS, "router") for name in factors)
     values = {
         "peft_type": "LORA",
@@ -125,6 +134,14 @@ def write_adapter(
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
+def refuse_folder(folder: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError for a folder that holds an adapter, unless ``overwrite``, or for what is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder")
+    if not overwrite and any((folder / name).exists() for name in (CONFIG_NAME, MISTRAL_NAME)):
+        raise CheckpointError(f"{folder}: holds an adapter; choose another folder, or overwrite it explicitly")
+
+
 def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     found = {}
     for parameter, (a, b, _) in factors.items():
@@ -135,7 +152,7 @@ def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
             module += ".base_layer" if inner else ""
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         for part, value in (("A", a), ("B", b)):
-            found[f"{_PEFT}{module}.lora_{part}.weight"] = value.detach().float().contiguous()
+            found[f"{PEFT_PREFIX}{module}.lora_{part}.weight"] = value.detach().float().contiguous()
     return found
 
 
@@ -239,6 +256,7 @@ def _check_config(values: Mapping[str, Any], path: Path) -> None:
         number = values.get(key)
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < 1e6:
             raise CheckpointError(f"{path}: {CONFIG_NAME} says {key} {number!r}; expected a number above 0", param=key)
+    _dropout(values.get("lora_dropout"), path)
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = values.get(key) or {}
         if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
@@ -287,7 +305,17 @@ def _from_peft(
     check_factors(config, factors, source=source)
     _check_targets(values, modules, factors, source)
     ordered = {name: factors[name] for name in shapes if name in factors}
-    return AdapterFile(ordered, "PEFT", values.get("base_model_name_or_path"), float(values.get("lora_dropout") or 0))
+    base = values.get("base_model_name_or_path")
+    dropout = _dropout(values.get("lora_dropout"), Path(source))
+    return AdapterFile(ordered, "PEFT", base if isinstance(base, str) else None, dropout)
+
+
+def _dropout(value: Any, path: Path) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise CheckpointError(f"{path}: says dropout {value!r:.80}; expected 0 or more and less than 1")
+    return float(value)
 
 
 def _of_experts(scale_of: Any) -> Any:
@@ -362,6 +390,8 @@ def _read_mistral(path: Path, config: MixtralConfig, scaling: float | None) -> A
     modules = pairs_by_module(tensors, str(file))
     factors = gather(config, modules, scale_of=lambda module, rank: number, source=str(file))
     check_factors(config, factors, source=str(file))
-    ordered = {name: factors[name] for name in parameter_shapes(config) if name in factors}
-    dropout = said.get("dropout", 0.0) if isinstance(said, dict) else 0.0
-    return AdapterFile(ordered, "mistral-finetune", None, float(dropout))
+    # mistral-inference wants a pair for every matrix; those of zeros say nothing.
+    kept = {name: pair for name, pair in factors.items() if bool(pair.b.any())} or factors
+    ordered = {name: kept[name] for name in parameter_shapes(config) if name in kept}
+    dropout = _dropout(said.get("dropout") if isinstance(said, dict) else None, beside)
+    return AdapterFile(ordered, "mistral-finetune", None, dropout)

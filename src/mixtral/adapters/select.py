@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from mixtral import ops
 from mixtral.adapters.attached import Attached, check_layers
 from mixtral.errors import ConfigError
 from mixtral.model.batch import Batch
+from mixtral.model.documents import Documents
 from mixtral.model.mixtral import Mixtral
 from mixtral.model.moe import Experts
 
@@ -28,10 +29,9 @@ __all__ = [
     "attach_experts",
     "choose",
     "random_like",
+    "score_documents",
     "score_experts",
 ]
-
-Kind = Literal["token", "gate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,24 @@ class Selection:
     """The experts that are trained: of every layer, their numbers in ascending order."""
 
     experts: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def from_lists(cls, value: object) -> Selection:
+        """The selection that a list of lists of numbers is, as JSON has it.
+
+        Raises:
+            ConfigError: it is no such list.
+        """
+        layers = list(value) if isinstance(value, list | tuple) else [value]
+        found = []
+        for one in layers:
+            numbers = [expert for expert in one if type(expert) is int] if isinstance(one, list | tuple) else []
+            if not isinstance(one, list | tuple) or len(numbers) != len(one):
+                raise ConfigError(
+                    f"experts are {value!s:.80}; expected a list of numbers for every layer", param="experts"
+                )
+            found.append(tuple(sorted(numbers)))
+        return cls(tuple(found))
 
 
 class ExpertScores:
@@ -64,7 +82,7 @@ class ExpertScores:
         self._gates_LE = torch.stack(gates) if self._gates_LE is None else self._gates_LE + torch.stack(gates)
         self._tokens += tokens
 
-    def scores(self, kind: Kind) -> Tensor:
+    def scores(self, kind: str) -> Tensor:
         """float64 [L, E]; every layer sums to 1.
 
         "token": the share of the choices that fell on an expert, ``1 / (A n) sum_t [e chosen by t]``. "gate": the mean
@@ -88,6 +106,15 @@ def score_experts(model: Mixtral, batches: Iterable[Batch]) -> ExpertScores:
     for batch in batches:
         found.add(model(batch).routes)
     return found
+
+
+def score_documents(model: Mixtral, documents: Iterable[Sequence[int]]) -> ExpertScores:
+    """As ``score_experts``, on token ids of documents that do not see each other."""
+    contexts = ((ids, Documents([len(ids)], device=model.device)) for ids in documents)
+    return score_experts(
+        model,
+        (Batch(torch.tensor(ids, device=model.device), context.positions_T, context) for ids, context in contexts),
+    )
 
 
 def choose(scores_LE: Tensor, share: float) -> Selection:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from mixtral.cli import (
+    adapter,
     batch,
     bench,
     chat,
@@ -51,6 +52,7 @@ app.command("batch")(batch.run)
 app.command("serve", context_settings=serve.CONTEXT)(serve.run)
 app.command("evaluate")(evaluate.run)
 app.add_typer(train.app, name="train")
+app.add_typer(adapter.app, name="adapter")
 
 
 def _show_version(wanted: bool) -> None:

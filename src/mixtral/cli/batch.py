@@ -10,6 +10,7 @@ import typer
 
 from mixtral.cli import output
 from mixtral.cli.generate import (
+    AdapterOption,
     DecodeOption,
     DeviceOption,
     DtypeOption,
@@ -50,6 +51,7 @@ def run(
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
     packed_cache: PackedCacheOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Answer a file of requests; a run that was interrupted goes on where it was."""

@@ -8,6 +8,7 @@ import typer
 
 from mixtral.cli import output
 from mixtral.cli.generate import (
+    AdapterOption,
     DecodeOption,
     DeviceOption,
     DtypeOption,
@@ -51,6 +52,7 @@ def run(
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
     packed_cache: PackedCacheOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model in the terminal."""
@@ -67,6 +69,7 @@ def run(
         reference=reference,
         kv_dtype=kv_cache_dtype,
         packed_cache=packed_cache,
+        adapter=adapter,
         threads=threads,
     )
     llm.tokenizer  # noqa: B018 - nobody can talk with a model without one; say so before the first question

@@ -14,9 +14,9 @@ from mixtral.cli import output
 if TYPE_CHECKING:
     from mixtral.weights.names import Layout
 
-__all__ = ["copy_beside", "run"]
+__all__ = ["LAYOUTS", "check_options", "copy_beside", "run"]
 
-_LAYOUTS: dict[str, Layout] = {"hf": "fused", "hf-per-expert": "per-expert", "consolidated": "consolidated"}
+LAYOUTS: dict[str, Layout] = {"hf": "fused", "hf-per-expert": "per-expert", "consolidated": "consolidated"}
 
 
 def run(
@@ -41,13 +41,13 @@ def run(
     from mixtral.weights.convert import convert, convert_to_gguf
     from mixtral.weights.upgrade import VOCABULARIES
 
-    _check(to, form, dtype, vocab)
+    check_options(to, form, dtype, vocab)
     wanted = VOCABULARIES[vocab] if vocab else None
     started = time.perf_counter()
     if to == "gguf":
         write = partial(convert_to_gguf, vocabulary=gguf_vocabulary)
     else:
-        write = partial(convert, layout=_LAYOUTS[to], dtype=dtype_of(dtype))
+        write = partial(convert, layout=LAYOUTS[to], dtype=dtype_of(dtype))
     with output.progress("writing") as progress:
         moved = write(
             folder_of(source),
@@ -66,12 +66,12 @@ def run(
         copy_beside(folder_of(source), target, wanted, overwrite)
 
 
-def _check(to: str, form: str | None, dtype: str | None, vocab: str | None) -> None:
+def check_options(to: str, form: str | None, dtype: str | None, vocab: str | None) -> None:
     from mixtral.errors import ConfigError
     from mixtral.weights.upgrade import VOCABULARIES
 
-    if to not in (*_LAYOUTS, "gguf"):
-        raise ConfigError(f"--to is {to!r}; expected one of {', '.join([*_LAYOUTS, 'gguf'])}", param="to")
+    if to not in (*LAYOUTS, "gguf"):
+        raise ConfigError(f"--to is {to!r}; expected one of {', '.join([*LAYOUTS, 'gguf'])}", param="to")
     unused = (("--dtype", dtype, to == "gguf"), ("--format", form, to not in ("gguf", "hf-per-expert")))
     for option, given, other in unused:
         if given is not None and other:

@@ -9,6 +9,7 @@ import typer
 
 from mixtral.cli import answers, output
 from mixtral.cli.generate import (
+    AdapterOption,
     DecodeOption,
     DeviceOption,
     DtypeOption,
@@ -37,6 +38,7 @@ def run(
     decode: DecodeOption = False,
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Score a model on held-out documents. Greedy answers, checked; with intervals and trivial baselines."""
@@ -50,9 +52,8 @@ def run(
         raise ConfigError(f"unknown suite {unknown[0]!r}; expected one of {', '.join(SUITES)}", param="suite")
     if json_path is not None and (json_path.is_dir() or not json_path.parent.is_dir()):
         raise ConfigError(f"--json is {str(json_path)!r}; expected a file in an existing folder", param="json")
-    llm = load(
-        model, device=device, dtype=dtype, decode=decode, reference=reference, kv_dtype=kv_cache_dtype, threads=threads
-    )
+    held = {"device": device, "dtype": dtype, "decode": decode, "reference": reference, "kv_dtype": kv_cache_dtype}
+    llm = load(model, threads=threads, adapter=adapter, **held)  # type: ignore[arg-type]
 
     def on_batch(name: str, answered: int, total: int) -> None:
         output.note(f"{name}: {answered} of {total} answered")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mixtral.api import LLM, Completion, TokenLogprob
 
 __all__ = [
+    "AdapterOption",
     "DecodeOption",
     "DeviceOption",
     "DtypeOption",
@@ -50,6 +51,10 @@ KvCacheOption = Annotated[
 PackedCacheOption = Annotated[
     Path | None,
     typer.Option("--packed-cache", help="Folder for packed weights: written the first time, mapped from then on."),
+]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a LoRA adapter: added to dense weights, computed beside quantised ones."),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, max=1024, help="CPU threads; default: the physical cores that it may use.")
@@ -88,6 +93,7 @@ def run(
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
     packed_cache: PackedCacheOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Continue a text or a list of token ids."""
@@ -116,12 +122,11 @@ def run(
         reference=reference,
         kv_dtype=kv_cache_dtype,
         packed_cache=packed_cache,
+        adapter=adapter,
         threads=threads,
     )
-    if stream if stream is not None else sys.stdout.isatty() and not as_json:
-        _stream(llm, given, options, as_json=as_json)
-    else:
-        _whole(llm, given, options, as_json=as_json)
+    streamed = stream if stream is not None else sys.stdout.isatty() and not as_json
+    (_stream if streamed else _whole)(llm, given, options, as_json=as_json)
 
 
 def check_sampling(options: Mapping[str, Any]) -> None:

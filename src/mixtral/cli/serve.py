@@ -9,6 +9,7 @@ import typer
 
 from mixtral.cli import output
 from mixtral.cli.generate import (
+    AdapterOption,
     DecodeOption,
     DeviceOption,
     DtypeOption,
@@ -136,6 +137,7 @@ def run(
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
     packed_cache: PackedCacheOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""

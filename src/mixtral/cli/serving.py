@@ -47,6 +47,7 @@ _START = {
     "reference": "reference",
     "kv_cache_dtype": "kv_dtype",
     "packed_cache": "packed_cache",
+    "adapter": "adapter",
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",
     "max_num_batched_tokens": "max_num_batched_tokens",
@@ -66,8 +67,9 @@ def start_of(options: Mapping[str, Any], **more: Any) -> Start:
     memory = options["kv_cache_memory"]
     cache_bytes = None if memory is None else read_bytes("--kv-cache-memory", memory)
     given = {field: options[option] for option, field in _START.items() if option in options}
-    if given.get("packed_cache") is not None:
-        given["packed_cache"] = str(Path(given["packed_cache"]).absolute())
+    for field in ("packed_cache", "adapter"):
+        if given.get(field) is not None:
+            given[field] = str(Path(given[field]).absolute())
     return Start(cache_bytes=cache_bytes, **given, **more)
 
 

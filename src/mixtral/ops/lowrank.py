@@ -18,7 +18,7 @@ __all__ = ["LowRank", "keep_mask"]
 
 def keep_mask(rows: int, width: int, dropout: float, device: torch.device) -> Tensor | None:
     """Which inputs stay, bool [N, I], drawn from torch's default generator; None where all do."""
-    return torch.rand((rows, width), device=device) >= dropout if dropout else None
+    return torch.empty((rows, width), dtype=torch.bool, device=device).bernoulli_(1 - dropout) if dropout else None
 
 
 @dataclass(frozen=True, slots=True)

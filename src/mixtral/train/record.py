@@ -5,6 +5,7 @@ A field that nobody can know is null, and ``unknown`` says why. Numbers that are
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -54,7 +55,7 @@ def build_record(run: Training[Any, Any]) -> dict[str, Any]:
         "kind": run.kind,
         "software": _software(),
         "seeds": {"weights_and_order": config.run.seed},
-        "model": run.model.config.to_dict(),
+        "model": dataclasses.asdict(run.model.config),
         "optimizer": _optimizer(run),
         "router": _router(run),
         "precision": _precision(config.run),

@@ -27,10 +27,13 @@ from mixtral.weights.matrices import CheckpointMatrices, Matrices, ModelMatrices
 from mixtral.weights.names import Layout, Piece, is_router, tensors
 from mixtral.weights.save import WRITABLE, check_folder, write_folder
 
-__all__ = ["Moved", "convert", "convert_to_gguf"]
+__all__ = ["Change", "Moved", "convert", "convert_to_gguf", "opened"]
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of tensors that are written, and those that will be in the end."""
+
+Change = Callable[[Matrices], Matrices]
+"""What becomes of the matrices between reading and writing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ def convert(
     unpickle: bool = False,
     overwrite: bool = False,
     shard_size_bytes: int = 5 * 10**9,
+    change: Change = lambda matrices: matrices,
     progress: Progress = lambda done, total: None,
 ) -> Moved:
     """Read a checkpoint of any layout and write it in one of the ``WRITABLE`` ones, complete or not at all.
@@ -63,7 +67,7 @@ def convert(
     At most one matrix of one expert, or one table, is in memory. Without ``dtype`` every tensor keeps its own, so the
     values are the same bit for bit. ``form`` is one of ``quant.rtn.INT_FORMS``, for the layout "per-expert": the
     matrices of attention and experts become integers. ``vocab_size`` moves between the vocabularies v1 (32,000) and v3
-    (32,768).
+    (32,768). ``change`` stands between what is read and what is written.
 
     Raises:
         ConfigError: the config, layout, dtype or vocabulary is wrong.
@@ -82,7 +86,8 @@ def convert(
         if folder.exists() and source.exists() and folder.samefile(source):
             raise CheckpointError(f"{folder}: is what would be read; choose another folder for the result")
         check_folder(folder, overwrite=overwrite)
-        with _opened(source, vocab_size, unpickle) as (found, told):
+        with opened(source, vocab_size=vocab_size, unpickle=unpickle) as (matrices, told):
+            found = change(matrices)
             counter = _Counter(progress)
             records, extra = _records(found, layout, dtype, integers, counter)
             counter.total = sum(record.size_bytes for record in records)
@@ -100,6 +105,7 @@ def convert_to_gguf(
     vocab_size: int | None = None,
     unpickle: bool = False,
     overwrite: bool = False,
+    change: Change = lambda matrices: matrices,
     progress: Progress = lambda done, total: None,
 ) -> Moved:
     """Read a checkpoint of any layout and write one GGUF file with merged experts, complete or not at all.
@@ -121,7 +127,8 @@ def convert_to_gguf(
             raise CheckpointError(f"{path}: exists; choose another name, or overwrite it explicitly")
         if path.exists() and source.exists() and path.samefile(source):
             raise CheckpointError(f"{path}: is what would be read; choose another name for the result")
-        with _opened(source, vocab_size, unpickle) as (found, told):
+        with opened(source, vocab_size=vocab_size, unpickle=unpickle) as (matrices, told):
+            found = change(matrices)
             weights = None if importance is None else read_importance(Path(importance), found.config)
             records = gguf_records(found, mix, weights)
             covered = None if weights is None else coverage(found, records, weights)
@@ -139,8 +146,14 @@ def _told(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(source: Path, vocab_size: int | None, unpickle: bool) -> Iterator[tuple[Matrices, tuple[str, int]]]:
-    """The matrices of the source, its layout, and the number of its tensors."""
+def opened(
+    source: Path, *, vocab_size: int | None = None, unpickle: bool = False
+) -> Iterator[tuple[Matrices, tuple[str, int]]]:
+    """The matrices of a checkpoint of any layout, its layout, and the number of its tensors.
+
+    Raises:
+        ConfigError, CheckpointError: as ``convert``.
+    """
     if source.is_dir() and is_compact(source):
         model = load_compact(source, device="cpu").model
         if vocab_size not in (None, model.config.vocab_size):

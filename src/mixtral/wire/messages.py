@@ -68,6 +68,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", forbid_unkno
     reference: bool = False
     kv_dtype: str | None = None
     packed_cache: str | None = None
+    adapter: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None

@@ -1,0 +1,149 @@
+"""The record of a run: every field is there, null only with a reason, and the numbers add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixtral.config import preset
+from mixtral.plan.sizes import count_parameters
+from mixtral.train import record
+from mixtral.train.config import PretrainConfig, RecordConfig
+from mixtral.train.loop import StepReport
+from mixtral.train.pretrain import pretrain
+from mixtral.train.record import flops
+from mixtral.train.sft import sft
+from mixtral.train.tune import SftConfig
+
+Nano = Callable[..., PretrainConfig]
+# What the cards of published models leave out, and where a record has it.
+FIELDS = (
+    *("optimizer.name", "optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup_steps"),
+    *("optimizer.adamw.betas", "optimizer.adamw.eps", "optimizer.weight_decay", "optimizer.clip_norm"),
+    *("optimizer.skip_norm", "optimizer.ema", "optimizer.steps_planned", "training.tokens_per_step"),
+    *("training.longest_document", "training.tokens", "training.steps", "training.packing", "training.flops"),
+    *("training.seconds", "training.tokens_per_second", "training.mfu", "training.peak_flops_per_second"),
+    *("precision.masters_and_moments", "precision.matrix_products", "precision.loss_scaling", "data.sources"),
+    *("data.languages", "data.filters", "data.deduplication", "data.epochs", "data.licence", "hardware.device"),
+    *("hardware.devices", "hardware.processor", "hardware.threads", "parallelism.data", "parallelism.tensor"),
+    *("parallelism.expert", "parallelism.pipeline", "router.balance_coef", "router.z_coef", "router.capacity_factor"),
+    *("router.jitter", "router.load_of_last_step", "router.specialisation", "energy.kwh_estimated"),
+    *("energy.kwh_method", "energy.co2_grams_estimated", "energy.co2_method", "software.mixtral", "software.torch"),
+    *("software.commit", "software.python", "model.num_local_experts"),
+)
+
+
+def ignore(report: StepReport) -> None:
+    """Nothing to tell."""
+
+
+def read(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+    return found
+
+
+def at(values: dict[str, Any], path: str) -> Any:
+    found: Any = values
+    for name in path.split("."):
+        found = found[name]
+    return found
+
+
+def nulls(value: Any, path: str = "") -> set[str]:
+    if isinstance(value, dict):
+        return {one for name, inner in value.items() for one in nulls(inner, f"{path}.{name}".lstrip("."))}
+    return {path} if value is None else set()
+
+
+def test_a_pretraining_run_has_every_field_and_a_reason_for_each_null(tmp_path: Path, nano: Nano) -> None:
+    run = pretrain(nano(run={"steps": 2}), tmp_path, on_step=ignore)
+    found = read(tmp_path)
+    for field in FIELDS:
+        at(found, field)
+    assert nulls(found) == found["unknown"].keys()
+    assert nulls(found) <= {"router.specialisation", "software.commit", "hardware.processor"}
+    assert all(found["unknown"].values())
+    assert (found["kind"], found["training"]["steps"], found["training"]["tokens"]) == ("pretrain", 2, run.tokens_total)
+    assert found["optimizer"]["muon"]["momentum"] == 0.95
+    assert sum(found["data"]["mixture_percent"].values()) == 100
+    assert found["seeds"] == {"weights": 1, "data": 1}
+    training = found["training"]
+    assert training["mfu"] == pytest.approx(training["flops"] / training["seconds"] / training["peak_flops_per_second"])
+
+
+def test_what_only_the_user_knows_is_null_with_the_key_that_states_it(tmp_path: Path, plain: Path, talks: Path) -> None:
+    tables: dict[str, Any] = {
+        "data": {"train": str(talks), "documents_per_step": 4, "max_tokens": 200},
+        "run": {"steps": 1, "dtype": "float32", "threads": 1},
+    }
+    sft(SftConfig.from_dict(tables, source="x"), tmp_path / "a", plain, on_step=ignore)
+    found = read(tmp_path / "a")
+    for name in ("sources", "languages", "filters", "licence"):
+        assert found["data"][name] is None
+        assert found["unknown"][f"data.{name}"] == f"only who made the files knows; state it as record.{name}"
+    assert nulls(found) == found["unknown"].keys()
+    assert (found["data"]["lines"], found["data"]["repeated_lines"], found["data"]["examples"]) == (12, 0, 13)
+    assert found["optimizer"]["name"] == "AdamW"
+    stated = {"record": {"sources": "the desk's own talks", "watts": 100.0, "co2_grams_per_kwh": 50.0}}
+    run = sft(SftConfig.from_dict(tables | stated, source="x"), tmp_path / "b", plain, on_step=ignore)
+    found = read(tmp_path / "b")
+    assert found["data"]["sources"] == "the desk's own talks"
+    assert "data.sources" not in found["unknown"]
+    energy = found["energy"]
+    assert energy["kwh_estimated"] == pytest.approx(100 * run.seconds_total / 3.6e6)
+    assert energy["co2_grams_estimated"] == pytest.approx(50 * energy["kwh_estimated"])
+    assert "as stated in record.watts" in energy["kwh_method"]
+
+
+def test_what_the_record_says_may_be_changed_when_a_run_goes_on(tmp_path: Path, nano: Nano) -> None:
+    pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
+    assert "assumed 10 W" in read(tmp_path)["energy"]["kwh_method"]
+    stated = dataclasses.replace(nano(run={"steps": 2}), record=RecordConfig(watts=5.0))
+    pretrain(stated, tmp_path, on_step=ignore)
+    assert "times 5 W, as stated" in read(tmp_path)["energy"]["kwh_method"]
+
+
+def test_operations_are_six_per_token_and_active_parameter_and_attention() -> None:
+    config = preset("tiny")
+    counts = count_parameters(config)
+    active = counts.read_per_token - counts.norms
+    assert flops(config, 1000, 0) == pytest.approx(6 * active * 1000)
+    heads = config.num_attention_heads * config.head_dim
+    # Two products of length x length x heads, of which half is needed, forward and twice backward.
+    attention = config.num_hidden_layers * 2 * (2 * 512 * 512 * heads) / 2 * 3
+    assert flops(config, 512, 512 * 512) - flops(config, 512, 0) == pytest.approx(attention)
+    assert flops(config, 1000, 0, trained=0.0) == pytest.approx(4 * active * 1000)
+
+
+def test_a_disk_that_refuses_the_record_costs_a_warning(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, *args: Any, **options: Any) -> int:
+        if path.name == ".record.json.partial":
+            raise OSError(28, "No space left on device")
+        return write(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.warns(UserWarning, match=r"record.json: cannot be written \(No space left .*; training goes on"):
+        run = pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
+    assert run.steps_done == 1
+    assert not list(tmp_path.glob("*record*"))
+
+
+def test_the_commit_is_that_of_this_checkout_or_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record._commit.cache_clear()
+    with warnings.catch_warnings(action="error"):
+        found = record._commit()
+    assert found is None or len(found) == 40
+    record._commit.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert record._commit() is None
+    record._commit.cache_clear()
