@@ -67,7 +67,12 @@ FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
 # Ten layouts, their checks, a cache; a scheduler and its parts; an HTTP edge that checks all fields, and its processes;
 # a file per command; three recipes with their configurations, the user's files, states, records and references.
 OTHER_PART_LINES = {
-    **{"tokenizer": 1200, "quant": 2800, "weights": 3500, "engine": 2400, "server": 5200, "cli": 3000},
+    "tokenizer": 1200,
+    "quant": 2800,
+    "weights": 3500,
+    "engine": 2400,
+    "server": 5200,
+    "cli": 3000,
     "train": 4000,
 }
 MAY_PRINT = ("cli/output.py",)
