@@ -46,7 +46,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "parallel": ({"model", "ops"}, {"torch", "safetensors"}),
     "train": (
-        {"model", "ops", "parallel", "weights", "tokenizer", "desk", "adapters"},
+        {"model", "ops", "parallel", "quant", "weights", "tokenizer", "desk", "adapters"},
         {"torch", "numpy", "safetensors"},
     ),
     "evaluate": ({"tokenizer", "wire", "desk"}, {"numpy"}),

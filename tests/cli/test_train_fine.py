@@ -101,7 +101,7 @@ def test_an_adapter_is_trained_on_preferences_and_exported(model: Path, tmp_path
     assert main(command) == 0
     out = capsys.readouterr().out
     assert f"{data}: 4 lines, 4 pairs; " in out
-    assert f"{model}: training an adapter, " in out
+    assert f"{model}: training a low-rank adapter, " in out
     assert "margin 0.000  accuracy 0.50  " in out
     assert json.loads((run / "record.json").read_text())["preference"]["beta"] == 0.2
     assert main(["train", "export", str(run), str(tmp_path / "adapter")]) == 0

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mixtral import ops
@@ -234,3 +236,31 @@ def test_row_multiple() -> None:
     """Small matrices are padded to few shapes; those of 8x7B not at all."""
     assert grouped.row_multiple(512 * 256) == 64
     assert grouped.row_multiple(2 * 14336 * 4096) == 1
+
+
+@st.composite
+def choices_of_tokens(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Picks as a router makes them: spread, all to the same experts, of equal scores, or with experts left out."""
+    tokens, experts = draw(st.integers(1, 40)), draw(st.integers(2, 6))
+    choices = draw(st.integers(1, experts))
+    scores = random(tokens, experts, seed=draw(st.integers(0, 99)))
+    shape = draw(st.sampled_from(["spread", "same", "equal", "left out"]))
+    if shape == "same":
+        scores[:] = scores[:1]
+    elif shape == "equal":
+        scores[:] = 0
+    elif shape == "left out":
+        scores[:, : experts - choices] -= 100
+    return torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :choices].contiguous(), experts
+
+
+@settings(deadline=None, max_examples=60)
+@given(choices_of_tokens())
+def test_equals_reference_for_any_choice(made: tuple[Tensor, int]) -> None:
+    picks, experts = made
+    for found, expected in both(picks, experts):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    *_, gate_up, down = both(picks, experts)
+    unused = [expert for expert in range(experts) if expert not in picks]
+    assert not gate_up[0][unused].any()
+    assert not down[0][unused].any()

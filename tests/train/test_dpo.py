@@ -210,7 +210,7 @@ def test_auto_caches_where_it_pays_or_must(
 
 
 def test_all_weights_have_no_adapter_to_switch_off(tmp_path: Path, plain: Path, pairs: Path) -> None:
-    with pytest.raises(ConfigError, match='reference is "adapter-off", but all weights are trained'):
+    with pytest.raises(ConfigError, match='reference is "adapter-off", but there is no adapter to switch off'):
         Dpo(config(pairs, dpo={"reference": "adapter-off"}), tmp_path, plain)
 
 

@@ -17,6 +17,7 @@ import mixtral
 from mixtral.adapters import attach_factors
 from mixtral.adapters.peft import read_adapter
 from mixtral.errors import ConfigError, TrainingError
+from mixtral.quant.modules import PackedLinear
 from mixtral.train import checkpoint
 from mixtral.train.export import export_run
 from mixtral.train.loop import StepReport
@@ -24,6 +25,7 @@ from mixtral.train.sft import Sft, sft
 from mixtral.train.training import forward
 from mixtral.train.tune import SftConfig
 from mixtral.weights import load_model
+from mixtral.weights.convert import convert
 
 Write = Callable[[str, Sequence[object]], Path]
 Make = Callable[..., SftConfig]
@@ -197,6 +199,18 @@ def test_an_adapter_becomes_a_peft_folder(tmp_path: Path, plain: Path, talks: Pa
         assert torch.equal(forward(model, part).hidden_TD, forward(run.model, part).hidden_TD)
 
 
+def test_an_adapter_learns_beside_quantised_weights(tmp_path: Path, plain: Path, talks: Path) -> None:
+    convert(plain, tmp_path / "int4", layout="per-expert", form="int4_g32")
+    settings = config(talks, adapter={"rank": 4}, optim={"learning_rate": 2e-2, "schedule": "constant"})
+    with pytest.raises(ConfigError, match="are quantised; all of a model can be trained from float weights only"):
+        Sft(config(talks), tmp_path / "all", tmp_path / "int4")
+    told: list[StepReport] = []
+    run = sft(settings, tmp_path / "run", tmp_path / "int4", on_step=told.append)
+    assert any(isinstance(module, PackedLinear) for module in run.model.modules())
+    assert told[-1].loss < told[0].loss - 0.5
+    assert export_run(tmp_path / "run", tmp_path / "adapter") == "a PEFT adapter"
+
+
 def test_held_out_lines_are_evaluated_and_not_trained(tmp_path: Path, plain: Path, talks: Path, lines: Write) -> None:
     told: list[tuple[int, float]] = []
     held = lines("held.jsonl", [{"text": "Nobody trains this."}])
@@ -225,6 +239,12 @@ def test_a_run_does_not_go_on_with_other_lines_or_another_model(
         sft(config(talks, run={"steps": 2}), tmp_path / "run", plain, on_step=ignore)
 
 
+def test_files_may_lie_elsewhere_when_a_run_goes_on(tmp_path: Path, plain: Path, talks: Path) -> None:
+    sft(config(talks, run={"steps": 1}), tmp_path / "run", plain, on_step=ignore)
+    moved = talks.rename(tmp_path / "moved.jsonl")
+    assert sft(config(moved, run={"steps": 2}), tmp_path / "run", plain, on_step=ignore).steps_done == 2
+
+
 def test_a_run_does_not_go_on_as_another_kind(tmp_path: Path, plain: Path, talks: Path) -> None:
     sft(config(talks, run={"steps": 1}), tmp_path / "run", plain, on_step=ignore)
     with pytest.raises(TrainingError, match="started without the table adapter"):
@@ -247,3 +267,48 @@ def test_what_cannot_be_is_refused_before_training(
 def test_epochs_decide_the_steps_and_steps_go_before_epochs(tmp_path: Path, plain: Path, talks: Path) -> None:
     assert Sft(config(talks, run={"epochs": 5}), tmp_path, plain).config.run.steps == math.ceil(13 * 5 / 4)
     assert Sft(config(talks, run={"steps": 2}), tmp_path, plain).config.run.steps == 2
+
+
+def test_chosen_experts_are_trained_and_all_others_keep_their_bits(
+    tmp_path: Path, plain: Path, compact: Path, talks: Path
+) -> None:
+    choice = tmp_path / "choice.json"
+    choice.write_text(json.dumps({"scores": [], "experts": [[1], [0, 3]]}))
+    settings = config(talks, experts={"file": str(choice)}, optim={"weight_decay": 0.5})
+    seen: list[StepReport] = []
+    sft(settings, tmp_path / "run", plain, on_step=seen.append, stopping=lambda: len(seen) == 3)
+    run = sft(settings, tmp_path / "run", plain, on_step=ignore)
+    assert (run.what, run.steps_done, run.optimizer.uses_muon) == ("chosen experts", 7, False)
+    straight = sft(settings, tmp_path / "straight", plain, on_step=ignore)
+    for name, master in straight.optimizer.masters.items():
+        assert torch.equal(run.optimizer.masters[name], master)
+    assert export_run(tmp_path / "run", tmp_path / "model", dtype="float32") == "a checkpoint in float32"
+    before, after = (dict(load_model(path, device="cpu").named_parameters()) for path in (plain, tmp_path / "model"))
+    for name, value in before.items():
+        if ".experts." not in name:
+            assert torch.equal(after[name], value), name
+            continue
+        changed = [e for e in range(4) if not torch.equal(after[name][e], value[e])]
+        assert changed == [[1], [0, 3]][int(name.split(".")[2])]
+    choice.write_text(json.dumps({"experts": [[1], [0]]}))
+    with pytest.raises(TrainingError, match="names other experts than the run was started with"):
+        sft(settings, tmp_path / "run", plain, on_step=ignore)
+    shared = sft(settings, tmp_path / "shared", compact, on_step=ignore)
+    assert export_run(tmp_path / "shared", tmp_path / "small").startswith("int8 groups")
+    assert 0 < shared.trained_part < 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "cannot be read"), ("[]", "has no member experts"), ('{"experts": 3}', "experts are 3; expected a list")],
+)
+def test_a_choice_of_experts_that_is_none_is_refused(
+    tmp_path: Path, plain: Path, talks: Path, content: str | None, says: str
+) -> None:
+    choice = tmp_path / "choice.json"
+    if content is not None:
+        choice.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        Sft(config(talks, experts={"file": str(choice)}), tmp_path / "run", plain)
+    with pytest.raises(ConfigError, match="tables adapter and experts; expected one of them"):
+        config(talks, experts={"file": str(choice)}, adapter=ADAPTER)

@@ -210,9 +210,8 @@ def _fine_tune(
         def ready(run: FineTuning[Any, Any, Any]) -> None:
             told.steps = run.config.run.steps
             trained = sum(parameter.numel() for parameter in run.optimizer.parameters.values())
-            kind = "all weights" if run.adapter is None else "an adapter"
             output.say(f"{settings.data.train}: {run.lines.told(what)}")
-            output.say(f"{settings.model.path}: training {kind}, {trained:,} numbers, {told.steps} steps")
+            output.say(f"{settings.model.path}: training {run.what}, {trained:,} numbers, {told.steps} steps")
 
         try:
             run = train(settings, out, base, on_ready=ready, **told.hooks(max_seconds))

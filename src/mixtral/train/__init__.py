@@ -1,1 +1,1 @@
-"""Training: configuration, data, losses, optimizers, run states, and the pretraining recipe."""
+"""Training: one loop, and the recipes pretraining, SFT and DPO; data, losses, optimizers, run states, records."""

@@ -108,7 +108,7 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         wanted, has_adapter = self.config.dpo.reference, self.adapter is not None
         if wanted == "adapter-off" and not has_adapter:
             raise ConfigError(
-                'reference is "adapter-off", but all weights are trained; expected "cached" or "auto", or an adapter',
+                'reference is "adapter-off", but there is no adapter to switch off; expected "cached" or "auto"',
                 param="reference",
             )
         self._cache: Cache | None = None

@@ -16,6 +16,7 @@ from mixtral.errors import TrainingError
 from mixtral.model import Mixtral
 from mixtral.tokenizer import Tokenizer
 from mixtral.train import checkpoint
+from mixtral.train.start import fingerprint, load_start
 from mixtral.train.tune import AdapterConfig
 from mixtral.weights import dtype_of, save_compact, save_model
 from mixtral.weights.names import EMBEDDING, HEAD, is_router
@@ -50,6 +51,8 @@ def export_run(
     if config.get("adapter"):
         _export_adapter(weights, values, destination, overwrite=overwrite)
         return "a PEFT adapter"
+    if values.get("experts"):
+        weights = _with_experts(weights, values)
     sizes = MixtralConfig.from_dict(
         values.get("model") or config["model"], source=f"{run_folder}: state of step {step}"
     )
@@ -59,6 +62,22 @@ def export_run(
         return f"a checkpoint in {dtype}"
     _export_compact(sizes.replace(vocab_size=values.get("vocab_size", sizes.vocab_size)), weights, saved, destination)
     return "int8 groups with shared vocabulary rows"
+
+
+def _with_experts(chosen: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
+    """All weights of the base, with the chosen experts as they were trained."""
+    base = Path(values["base"])
+    if not base.exists() or fingerprint(base) != values["base_sha256"]:
+        raise TrainingError(
+            f"{base}: is not the model that the run was started from, of which the export needs all other weights; "
+            "bring it back"
+        )
+    weights = load_start(base, dtype="float32", full=True).masters
+    for name, value in chosen.items():
+        owner, _, leaf = name.rpartition(".")
+        stack, _, expert = leaf.rpartition("_")
+        weights[f"{owner}.{stack}_proj"][int(expert)] = value
+    return weights
 
 
 def _export_compact(

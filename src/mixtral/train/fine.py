@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from mixtral.adapters import Adapter, attach
+from mixtral.adapters import Adapter, Selection, attach, attach_experts
 from mixtral.desk.source import Source
 from mixtral.errors import ConfigError, TrainingError
 from mixtral.train.data import TokenBatch
@@ -46,7 +47,7 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
     def __init__(self, config: K, folder: Path, base: Path) -> None:
         super().__init__(config, folder)
         saved = open_state(folder, config, self.kind)
-        self.base_sha256 = fingerprint(base)
+        self.base, self.base_sha256 = base, fingerprint(base)
         full = config.adapter is None
         self.start: Start = load_start(base, dtype=config.run.dtype, full=full)
         limit = self.start.model.config.max_position_embeddings
@@ -62,12 +63,19 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
             )
         self.config = config.with_steps(len(self.lines.kept))
         self._check_same_files(saved)
-        self.adapter: Adapter | None = None
-        if config.adapter is not None:
-            self.adapter = attach(self.start.model, config.adapter.lora())
-        trained = self.start.model if self.adapter is None else dict(self.adapter.named_parameters())
         self.model = self.start.model
-        optimizer = Optimizer(trained, self.config.optim, self.start.masters)
+        self.adapter: Adapter | None = None
+        self.selection: Selection | None = None
+        if config.adapter is not None:
+            self.adapter = attach(self.model, config.adapter.lora())
+            optimizer = Optimizer(dict(self.adapter.named_parameters()), self.config.optim)
+        elif config.experts is not None:
+            self.selection = _selection(Path(config.experts.file), saved)
+            chosen = dict(attach_experts(self.model, self.selection).named_parameters())
+            masters = {name: self._of_expert(name) for name in chosen}
+            optimizer = Optimizer(chosen, self.config.optim, masters)
+        else:
+            optimizer = Optimizer(self.model, self.config.optim, self.start.masters)
         self.start.masters.clear()  # the optimizer has its own
         self.prepare()
         self.begin(self.model, optimizer, self._probe_batch(), saved)
@@ -96,7 +104,9 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
         rows = self.start.row_of_id
         return {
             "data_sha256": self.data_sha256,
+            "base": str(self.base.resolve()),
             "base_sha256": self.base_sha256,
+            "experts": None if self.selection is None else [list(layer) for layer in self.selection.experts],
             "model": self.model.config.to_dict(),
             "tokenizer": self.start.tokenizer.version,
             "vocab_size": self.start.tokenizer.vocab_size,
@@ -111,8 +121,9 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
             "seeds": {"run": config.run.seed, "order": config.data.seed},
             "base": {"path": config.model.path, "fingerprint": self.base_sha256},
             "trained": {
-                "what": "all weights" if self.adapter is None else "a low-rank adapter",
-                "adapter": None if config.adapter is None else dataclasses.asdict(config.adapter),
+                "what": self.what,
+                "adapter": "none" if config.adapter is None else dataclasses.asdict(config.adapter),
+                "experts": "none chosen" if self.selection is None else [list(one) for one in self.selection.experts],
                 "parameters": sum(master.numel() for master in self.optimizer.masters.values()),
                 "tensors": len(numbers) or len(self.optimizer.masters),
             },
@@ -141,8 +152,18 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
 
     @property
     def trained_part(self) -> float:
-        """1, or with an adapter 0: its own products are not counted."""
-        return 1.0 if self.adapter is None else 0.0
+        """The part of all weights that is trained; with an adapter 0: its own products are not counted."""
+        if self.adapter is not None:
+            return 0.0
+        trained = sum(master.numel() for master in self.optimizer.masters.values())
+        return 1.0 if self.selection is None else trained / sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def what(self) -> str:
+        """What is trained, in words."""
+        if self.adapter is not None:
+            return "a low-rank adapter"
+        return "all weights" if self.selection is None else "chosen experts"
 
     def _read_files(self) -> tuple[Lines[T], list[T], str]:
         data = self.config.data
@@ -161,6 +182,12 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
                     "bring the old files back, or start in a new folder"
                 )
 
+    def _of_expert(self, name: str) -> Tensor:
+        """The exact values of ``...experts.gate_up_3``: expert 3 of ``gate_up_proj``."""
+        owner, _, leaf = name.rpartition(".")
+        stack, _, expert = leaf.rpartition("_")
+        return self.start.masters[f"{owner}.{stack}_proj"][int(expert)]
+
     def _probe_batch(self) -> TokenBatch:
         docs: list[Doc] = []
         for item in [*self.held_out[:100], *self.lines.kept[:100]]:
@@ -173,3 +200,17 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
         """Hidden states, labels and weights of the tokens that are learnt: the head need not see the others."""
         index = torch.nonzero(part.own_T).flatten()
         return hidden_TD.index_select(0, index), part.labels_T[index], part.weights_T[index]
+
+
+def _selection(file: Path, saved: Saved | None) -> Selection:
+    """The experts that a file names; those of the saved state, if the file names the same."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); expected the JSON of mixtral adapter experts") from None
+    if not isinstance(value, dict) or "experts" not in value:
+        raise ConfigError(f"{file}: has no member experts; expected the JSON of `mixtral adapter experts --json`")
+    found = Selection.from_lists(value["experts"])
+    if saved is not None and saved[2]["experts"] != [list(layer) for layer in found.experts]:
+        raise TrainingError(f"{file}: names other experts than the run was started with; start in a new folder")
+    return found

@@ -35,7 +35,9 @@ from mixtral.train.record import write_record
 __all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versions", "warn_of_versions"]
 
 # May differ between the saved and the present configuration: they do not change what a step computes before the decay.
+# Of files only the place may: what is in them is compared.
 _MAY_CHANGE = {"steps", "epochs", "save_every", "keep_last", "max_position_embeddings"}
+_PLACES = {"path", "train", "validation", "file"}
 _NOT_OF_THE_OPTIMIZER = ("probe.", "health.")
 
 Saved = tuple[int, dict[str, Tensor], dict[str, Any]]
@@ -359,7 +361,7 @@ def _check_same(config: Settings, saved: Mapping[str, Any]) -> None:
         for name, value in (values or {}).items():
             # What a state does not name came later than it; until then everything was as its default is now.
             old = (before or {}).get(name, _default(config, table, name))
-            if name not in _MAY_CHANGE and old != value:
+            if name not in _MAY_CHANGE | _PLACES and old != value:
                 raise TrainingError(
                     f"{table}.{name} is {value!r}, but the run was started with {old!r}; "
                     "resume with the old value or start in a new folder",

@@ -1,5 +1,5 @@
-"""The configuration of fine-tuning: strict TOML tables model, data, optim, run, record, and perhaps adapter; of DPO
-also dpo."""
+"""The configuration of fine-tuning: strict TOML tables model, data, optim, run, record, perhaps adapter or experts; of
+DPO also dpo."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "AdapterConfig",
     "DpoConfig",
     "DpoTable",
+    "ExpertsConfig",
     "ModelConfig",
     "SftConfig",
     "TextConfig",
@@ -125,6 +126,13 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsConfig:
+    """Chosen experts alone are trained: ``file`` is what ``mixtral adapter experts --json`` wrote."""
+
+    file: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DpoTable:
     """``beta`` of the loss; the part of pairs taken for wrong; the weight of the chosen answer's own likelihood;
     log-probabilities per token instead of per answer; and where the reference comes from: ``adapter-off``, ``cached``,
@@ -144,7 +152,7 @@ class DpoTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneConfig:
-    """All of a fine-tuning run. Without ``adapter`` all weights are trained."""
+    """All of a fine-tuning run. Without ``adapter`` and ``experts`` all weights are trained."""
 
     model: ModelConfig
     data: TextConfig
@@ -152,6 +160,11 @@ class TuneConfig:
     run: TuneRunConfig
     record: RecordConfig = field(default_factory=RecordConfig)
     adapter: AdapterConfig | None = None
+    experts: ExpertsConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.experts is not None:
+            raise ConfigError("there are tables adapter and experts; expected one of them", param="experts")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""
@@ -170,14 +183,15 @@ class TuneConfig:
             ConfigError: a key is unknown or missing, or a value is of another type or out of range.
         """
         refuse_unknown(values, [field.name for field in dataclasses.fields(cls)], source)
-        with_adapter = values.get("adapter") is not None
+        has = {name for name in ("adapter", "experts") if values.get(name) is not None}
         return cls(
             model=read_table(ModelConfig, values, "model", source),
             data=read_table(TextConfig, values, "data", source),
             optim=read_table(TuneOptimConfig, values, "optim", source),
             run=read_table(TuneRunConfig, values, "run", source),
             record=read_table(RecordConfig, values, "record", source),
-            adapter=read_table(AdapterConfig, values, "adapter", source) if with_adapter else None,
+            adapter=read_table(AdapterConfig, values, "adapter", source) if "adapter" in has else None,
+            experts=read_table(ExpertsConfig, values, "experts", source) if "experts" in has else None,
             **cls._more(values, source),
         )
 
