@@ -131,6 +131,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_goes_on(config: Path, tmp_path:
     _, errors = run.communicate(timeout=100)
     assert run.returncode == 2
     assert "ended with" in errors
+    assert "lost another rank" in errors
     found = checkpoint.load_latest(tmp_path / "run")
     assert found is not None
     assert found[0] % 2 == 0

@@ -25,6 +25,10 @@ STORE = "MIXTRAL_STORE"
 """Launcher variable: the file in a private folder through which the ranks of one machine find each other."""
 
 
+# How gloo's errors, which have no class of their own, can be told from others.
+_GLOO = ("gloo", "pair closure", "Connection closed", "Connection reset")
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """All ranks, as one of them sees them. ``alone()`` is a mesh of one, without processes behind it."""
@@ -133,7 +137,7 @@ def join(axes: Axes, *, device: str | None = None, timeout_s: float = 600.0) -> 
     try:
         yield over(axes, rank, own)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _GLOO):
             raise
         raise TrainingError(
             f"rank {rank} of {world} lost another rank, or waited for it longer than {timeout_s:.0f} s; "

@@ -23,7 +23,7 @@ from mixtral.model.moe import Experts
 from mixtral.parallel.expert import SplitExperts
 from mixtral.parallel.head import HeadPart
 from mixtral.parallel.mesh import Mesh
-from mixtral.parallel.plan import Region, Shapes, check, data_dim, is_owner, region
+from mixtral.parallel.plan import Place, Region, Shapes, check, data_dim, is_owner, region
 from mixtral.parallel.tensor import TensorAttention, TensorMixture
 
 __all__ = ["Shards", "build", "local_part", "shapes_of"]
@@ -77,7 +77,8 @@ class Shards:
         return math.sqrt(float(self.mesh.sum(squares)))
 
     def _is_copied(self, name: str) -> bool:
-        return not is_owner(name, self.mesh.axes.place(1)) and self.mesh.axes.tp > 1
+        """Whether all ranks of tp have this parameter alike: then the second of them does not own it."""
+        return not is_owner(name, Place(tensor=1))
 
 
 def build(config: MixtralConfig, mesh: Mesh, *, dtype: torch.dtype) -> Shards:

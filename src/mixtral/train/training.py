@@ -12,7 +12,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -69,7 +69,7 @@ class Step:
     tokens: int
     sums: dict[str, float]
     counts_LE: Tensor
-    mesh: Mesh
+    mesh: Mesh = field(default_factory=alone)
 
     def share(self, part: Part) -> float:
         """The part of the step's tokens that a part has."""
