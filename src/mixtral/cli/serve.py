@@ -112,6 +112,8 @@ StallOption = Annotated[
 ]
 LogOption = Annotated[str, typer.Option("--log-format", help="text or json.")]
 
+_READY = "{} is ready: {} (Ctrl-C stops)"
+
 
 def run(
     context: typer.Context,
@@ -169,10 +171,7 @@ def run(
     client = Client(process(start), config)
     with log.started(lines):
         serve(
-            client,
-            config,
-            grammar=Grammars(client),
-            on_ready=lambda url: output.note(f"{client.name} is ready: {url} (Ctrl-C stops)"),
+            client, config, grammar=Grammars(client), on_ready=lambda url: output.note(_READY.format(client.name, url))
         )
 
 
