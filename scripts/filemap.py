@@ -33,6 +33,7 @@ NOTES = {
     "docs/images/page-phone.png": "the chat page on a phone",
     "docs/images/page-tools.png": "the chat page: a function call",
     "docs/images/page-wide.png": "the chat page: a conversation",
+    "docs/images/soak.png": "memory, open files and threads of a server over 20 minutes",
     "docs/log.md": "what was tried and did not help",
     "docs/kernels.md": "compiled kernels for packed weights: numbers, layout, threads",
     "docs/naming.md": "words, shape letters, parameter names",

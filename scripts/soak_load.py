@@ -285,8 +285,8 @@ class Load:
         return Outcome("sentinel", began, time.time(), reply.status, reply.code, problem, reply.tokens)
 
     def _tools(self, draw: random.Random) -> Outcome:
-        # Few, so that their grammars are all known when memory is judged.
-        document = self._document(draw, "calls", most=60)
+        # Few, so that the cache of grammars is as large as it gets when memory is judged.
+        document = self._document(draw, "calls", most=12)
         tools = list(document.tools)
         named = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
         choice: Any = draw.choice(["auto", "required", {"type": "function", "function": {"name": next(iter(named))}}])
