@@ -20,6 +20,7 @@ from test_answer import TEXTS
 from threaded import ThreadEngine
 
 from mixtral.desk.write import SKILLS
+from mixtral.errors import GrammarError
 from mixtral.grammar import Grammar, calls_constraint
 from mixtral.server import ServerConfig, work
 from mixtral.server.protocol import read_chat
@@ -66,9 +67,7 @@ class Recorder:
         if seed < len(CALL_TEXTS):
             ids = [CALLS, *tokenizer.encode(CALL_TEXTS[seed], eos=True)]
         elif seed % 5 < 3:
-            source = calls_constraint(random_tools(seed))
-            found = answer(self.grammar, Constraint(calls=source.text, trigger=CALLS, forced=True), seed, most=60)
-            ids = found or [CALLS, *tokenizer.encode(CALL_TEXTS[seed % len(CALL_TEXTS)], eos=True)]
+            ids = self._calls(seed) or [CALLS, *tokenizer.encode(CALL_TEXTS[seed % len(CALL_TEXTS)], eos=True)]
         else:
             text = TEXTS[seed // 5] if seed < 5 * len(TEXTS) else document_text(seed)
             ids = [*tokenizer.encode(text)[:50], tokenizer.eos_id]
@@ -77,6 +76,14 @@ class Recorder:
             TokenEvent(sequence=0, id=id, logprob=listed, finish_reason="stop" if place == last else None)
             for place, id in enumerate(ids)
         ]
+
+    def _calls(self, seed: int) -> list[int] | None:
+        """Calls drawn under the grammar of random functions; None where that cannot be kept, or takes too long."""
+        try:
+            source = calls_constraint(random_tools(seed))
+            return answer(self.grammar, Constraint(calls=source.text, trigger=CALLS, forced=True), seed, most=60)
+        except GrammarError:
+            return None
 
     def whole(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
         """The message of a whole answer, with the reason of its end and the listed tokens."""
