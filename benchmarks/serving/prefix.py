@@ -25,7 +25,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=15)
     given = parser.parse_args()
-    new, known = [], []
+    new: list[float] = []
+    known: list[float] = []
     try:
         with Server(ours(given.model, given.threads, [])) as server:
             # The first one warms up. Some tokens have no text; the same seed makes both answers equal.
