@@ -46,7 +46,7 @@ def distance(ours: list[StepReport], theirs: list[StepReport]) -> list[float]:
     ("axes", "scope", "micro_batches"),
     [
         ("dp=2", "global", 1),
-        ("dp=2", "sequence", 1),
+        pytest.param("dp=2", "sequence", 1, marks=pytest.mark.slow),
         ("dp=2,ep=2", "global", 2),
         pytest.param("dp=2", "global", 2, marks=pytest.mark.slow),
         pytest.param("dp=2,ep=2", "sequence", 1, marks=pytest.mark.slow),
@@ -101,6 +101,7 @@ def test_a_stopped_run_ends_bitwise_like_a_straight_one(
     assert same(state(tmp_path / "stopped"), state(tmp_path / "straight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("dp=2", "tp=2"), ("dp=2,ep=2", "dp=2"), ("tp=2", "dp=2,ep=2")])
 def test_a_state_is_read_by_another_layout(two: Ranks, nano: Nano, tmp_path: Path, before: str, after: str) -> None:
     tables = nano(run={"steps": 2})
@@ -146,7 +147,9 @@ def test_the_index_names_shapes_and_places(two: Ranks, nano: Nano, tmp_path: Pat
     assert json.loads((folder / "state.json").read_text())["config"]["run"]["steps"] == 1
 
 
-@pytest.mark.parametrize("harm", ["truncated", "lost", "index"])
+@pytest.mark.parametrize(
+    "harm", ["truncated", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("lost", "index"))]
+)
 def test_a_state_with_a_damaged_piece_is_passed_over_by_all(two: Ranks, nano: Nano, tmp_path: Path, harm: str) -> None:
     tables = nano()
     two("runs:train", "dp=2", tables, str(tmp_path))
@@ -172,6 +175,7 @@ def test_too_few_documents_for_the_ranks_are_refused(two: Ranks, nano: Nano, tmp
         two("runs:train", "dp=2", nano(data={"micro_batches": 4}), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_those_of_the_parts(two: Ranks, nano: Nano, tmp_path: Path) -> None:
     tables = nano(optim={"ema": 0.5})
     expected = runs.averaged(None, tables, str(tmp_path / "one"))
