@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapting import factors_of
-from test_frozen import FORMS, packed_folder
+from adapting import FORMS, factors_of, packed_folder
 
 import mixtral
 from mixtral.adapters.factors import TARGETS
