@@ -159,11 +159,15 @@ def test_two_commands_do_not_train_in_one_folder(config: Path, tmp_path: Path, c
 
 
 def test_a_second_signal_is_not_kept_back() -> None:
-    with train.Stop.on_signals() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wanted
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+    try:
+        with train.Stop.on_signals() as stop:
             os.kill(os.getpid(), signal.SIGINT)
+            assert stop.wanted
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_time_limit_ends_a_run(config: Path, tmp_path: Path, capsys: Capture) -> None:

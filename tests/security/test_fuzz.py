@@ -15,6 +15,8 @@ import pytest
 from rawhttp import exchange, read_answers, requests_in
 from serving import children, complete, expected, program, until
 
+from mixtral.server import ServerConfig
+
 CONFIG = {"header_timeout_s": 0.4, "body_timeout_s": 0.4, "keep_alive_s": 0.4, "connections": 500}
 AT_ONCE = 48
 END_S = 20.0  # by when a connection must have ended or be answered, on a busy machine
@@ -83,7 +85,9 @@ def fuzz(first: int, connections: int, folder: Path) -> Counter[int]:
         counts, wrong = asyncio.run(many(address, seeds))
         assert not wrong, "\n".join(wrong[:20])
         assert server.poll() is None
-        assert children(server.pid) == before
+        now = children(server.pid)
+        assert set(before) <= set(now)
+        assert len(now) <= len(before) + ServerConfig().text_processes  # those that read long bodies start when needed
         assert complete(address, [7, 8]).json()["choices"][0]["text"] == expected([7, 8], 20)
         until(lambda: psutil.Process(server.pid).num_fds() < 60)  # all connections were given back
         assert psutil.Process(server.pid).memory_info().rss - memory < 50 * 2**20

@@ -113,7 +113,7 @@ class Recorder:
         body = {"model": "fake", "messages": MESSAGES, "tools": TOOLS, "seed": 1, "stream": stream}
         body["logprobs"] = self.logprobs
         wanted = read_chat(body, vocab_size=self.engine.vocab_size, layers=self.engine.layers)
-        return work.prepare_chat(self.engine, wanted, None, "")
+        return work.begin(self.engine, work.prepare_chat(self.engine, wanted, None, ""))
 
 
 def document_text(seed: int) -> str:
