@@ -45,7 +45,7 @@ def test_json_gives_the_same_configuration_back() -> None:
     [
         ({"data": {}}, "train", "x.toml: data: missing key 'train'"),
         ({"data": {"train": 3}}, "train", "train is 3; expected str"),
-        ({"modell": {}}, "modell", "did you mean 'model'"),
+        ({"modeli": {}}, "modeli", "did you mean 'model'"),
         ({"dpo": {}}, "dpo", "unknown key 'dpo'"),
         ({"adapter": 3}, "adapter", "expected a table"),
         ({"adapter": {"rank": 0}}, "rank", "rank is 0; expected 1 to 4096"),
