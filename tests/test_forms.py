@@ -113,6 +113,7 @@ def test_a_batch_and_a_stream_are_constrained_alike(llm: mixtral.LLM) -> None:
             validate(SCHEMA, one.text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("fields", "most", "names"),
@@ -257,6 +258,7 @@ def bodies() -> list[dict[str, Any]]:
     return forms
 
 
+@pytest.mark.slow
 def test_the_server_writes_the_same(llm: mixtral.LLM, bodies: list[dict[str, Any]]) -> None:
     with serving_model(llm, constrained=True) as client:
         for seed, fields in enumerate(bodies * 2):

@@ -76,6 +76,7 @@ def test_dense_weights_take_the_sum(dtype: str, tmp_path: Path, tiny_model: Mixt
     assert error < (1e-4 if dtype == "float32" else 0.2) * (exact - plain).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["q", "gate_up", "down", "router"])
 def test_the_embedded_model_takes_an_adapter(target: str, tmp_path: Path) -> None:
     """Its int8 weights stay as they are. How near the two ways are is a matter of activations in int8."""

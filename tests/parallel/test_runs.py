@@ -186,6 +186,7 @@ def test_averaged_weights_are_those_of_the_parts(two: Ranks, nano: Nano, tmp_pat
         assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["_write_tensors", "_commit"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_disk_that_refuses_one_rank_stops_the_save_of_all(

@@ -44,6 +44,7 @@ def test_a_step_with_a_gradient_far_above_the_others_is_skipped_counted_and_logg
     assert off.step().skipped == 0
 
 
+@pytest.mark.slow
 def test_a_run_with_guard_and_average_resumes_bitwise(tmp_path: Path, nano: Nano) -> None:
     config = nano(optim={"ema": 0.9, "balance_scope": "global", "schedule": "cosine"}, data={"micro_batches": 2})
     pretrain(config, tmp_path / "straight", on_step=ignore)
@@ -61,6 +62,7 @@ def test_a_run_with_guard_and_average_resumes_bitwise(tmp_path: Path, nano: Nano
     }
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_evaluated_beside_the_others_and_exported(tmp_path: Path, nano: Nano) -> None:
     sizes = {"intermediate_size": 32}
     run = pretrain(nano(optim={"ema": 0.99}, model=sizes), tmp_path / "run", on_step=ignore)
