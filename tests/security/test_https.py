@@ -140,7 +140,7 @@ def test_a_pair_that_cannot_be_used_is_refused_at_start(tmp_path: Path, own: Ide
 def test_the_command(own: Identity, tmp_path: Path) -> None:
     with served("--tls-cert", str(own.cert), "--tls-key", str(own.key)) as server:
         assert server.address.startswith("https://")
-        assert httpx.get(f"{server.address}/ready", verify=own.context).json() == {"status": "ok"}
+        assert httpx.get(f"{server.address}/ready", verify=own.context).json() == {"status": "ready"}
     other = identity(tmp_path, "other")
     with (
         pytest.raises(RuntimeError, match=r"mixtral: error: the certificate .* cannot be used"),

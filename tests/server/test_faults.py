@@ -265,7 +265,7 @@ def test_each_process_is_killed_in_turn_and_harms_what_it_had(pool: ThreadPoolEx
         assert events(stream.result())[-1]["error"]["code"] == "engine_dead"
         until(lambda: client.state == "ready")
         works()
-    until(lambda: not any(map(alive, found)))
+    until(lambda: not any(map(alive, [*texts, *trials, engine])))  # other children are those of other tests
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
