@@ -124,7 +124,7 @@ def test_requests_run_in_order_of_arrival_and_alone(engine: FakeEngine, pool: Th
         for number in range(10, 16):
             asked.append(pool.submit(post, address, messages=[{"role": "user", "content": f"number {number}"}]))
             wait_until(lambda: engine.opened == 1)
-            time.sleep(0.05)  # the next one arrives later
+            time.sleep(0.2)  # the next one arrives later
         assert engine.opened == 1
         release(engine)
         texts = [each.result().json()["choices"][0]["message"]["content"] for each in asked]
