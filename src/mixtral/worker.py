@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import resource
-import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +12,9 @@ from mixtral import faults, log
 from mixtral.engine.loop import Engine, run
 from mixtral.errors import MixtralError
 from mixtral.wire import Channel, ChannelClosedError, Failed, Hello, Start, ToEngine
+from mixtral.wire.child import confine
 
 __all__ = ["main"]
-
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def main(arguments: Sequence[str], build: Callable[[Start], tuple[Engine, Hello]] | None = None) -> int:
@@ -29,7 +25,7 @@ def main(arguments: Sequence[str], build: Callable[[Start], tuple[Engine, Hello]
     if len(arguments) != 1 or not arguments[0].isdecimal():
         sys.stderr.write("mixtral.worker is started by `mixtral serve`, with the number of an open socket\n")
         return 2
-    _confine()
+    confine()
     channel: Channel[ToEngine] = Channel(socket.socket(fileno=int(arguments[0])), ToEngine)
     try:
         return _serve(channel, build or _build)
@@ -61,18 +57,6 @@ def _build(start: Start) -> tuple[Engine, Hello]:
     from mixtral.build import build_engine  # torch is not needed to refuse wrong arguments
 
     return build_engine(start)
-
-
-def _confine() -> None:
-    """End with the parent, gain no rights, leave no core file, and leave signals meant for all to the parent."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_NO_NEW_PRIVS, 1)):
-            if libc.prctl(option, value, 0, 0, 0) != 0:
-                raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nano import DATA, MODEL
 
 from mixtral.config import MixtralConfig
 from mixtral.model import Mixtral, initialise
@@ -19,19 +20,8 @@ from mixtral.weights.names import EMBEDDING, HEAD
 from mixtral.weights.vocab import build_respell, expand_rows, row_map
 
 NANO: Mapping[str, dict[str, Any]] = {
-    "model": {
-        "vocab_size": 32768,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 2048,
-    },
-    "data": {"documents_per_step": 4, "trained_rows": 1400, "sample_documents": 200},
+    "model": MODEL,
+    "data": DATA,
     "optim": {"learning_rate": 1e-2, "warmup_steps": 2},
     "run": {"steps": 6, "save_every": 3, "dtype": "float32", "threads": 1},
 }

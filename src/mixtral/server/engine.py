@@ -10,7 +10,7 @@ from mixtral.server.metrics import Metrics
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Submit, Update
 
-__all__ = ["Engine", "Run", "State"]
+__all__ = ["Engine", "Facts", "Run", "State"]
 
 State = Literal["starting", "ready", "stalled", "restarting", "dead", "draining"]
 
@@ -30,9 +30,9 @@ class Run(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """A model behind a queue. ``context`` counts tokens of prompt and answer; ``cache_tokens`` is what one sequence may
-    need of the key-value cache. Two engines of equal ``fingerprint`` give equal answers to equal requests.
+class Facts(Protocol):
+    """What a request is read for. ``context`` counts tokens of prompt and answer; ``cache_tokens`` is what one sequence
+    may need of the key-value cache.
     """
 
     @property
@@ -51,13 +51,17 @@ class Engine(Protocol):
     def layers(self) -> int: ...
 
     @property
+    def tokenizer(self) -> Tokenizer: ...
+
+
+class Engine(Facts, Protocol):
+    """A model behind a queue. Two engines of equal ``fingerprint`` give equal answers to equal requests."""
+
+    @property
     def experts(self) -> int: ...
 
     @property
     def fingerprint(self) -> str: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
 
     @property
     def state(self) -> State:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mixtral.server.body import parse_json
+from mixtral.server.engine import Facts
 from mixtral.server.errors import ApiError, show
 from mixtral.server.formats import Grammar
 from mixtral.server.protocol import read_chat, read_completion, read_detokenize, read_tokenize
-from mixtral.server.work import Facts, Prepared, prepare_chat, prepare_completion
+from mixtral.server.work import Prepared, prepare_chat, prepare_completion
 from mixtral.tokenizer import encode_chat
 
 __all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "TOKENIZE", "check_model", "read"]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import resource
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,11 +18,11 @@ from mixtral.server.texts import Answer, Ask, FromText, Model, Part, Ready, Refu
 from mixtral.server.work import Prepared
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Channel, ChannelClosedError, frames_of
+from mixtral.wire.child import confine
 
 __all__ = ["main"]
 
 _log = logging.getLogger("mixtral.server")
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1 or not arguments[0].isdecimal():
         sys.stderr.write("mixtral.server.textchild is started by `mixtral serve`, with the number of an open socket\n")
         return 2
-    _confine()
+    confine()
     channel: Channel[ToText] = Channel(socket.socket(fileno=int(arguments[0])), ToText)
     with log.started("text", level=logging.WARNING):
         try:
@@ -120,18 +117,6 @@ def _answer(channel: Channel[ToText], ask: Ask, facts: _Facts, body: bytes, gram
 def _known(model: Model) -> _Facts:
     tokenizer = Tokenizer.from_version(model.tokenizer, respell=model.respell)
     return _Facts(model.name, model.context, model.cache_tokens, model.vocab_size, model.layers, tokenizer)
-
-
-def _confine() -> None:
-    """End with the parent, gain no rights, leave no core file, write no file, leave signals meant for all to it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_NO_NEW_PRIVS, 1)):
-            if libc.prctl(option, value, 0, 0, 0) != 0:
-                raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import TypeVar
 import msgspec
 
 from mixtral.server.config import ServerConfig
+from mixtral.server.engine import Facts
 from mixtral.server.errors import ApiError, overloaded
 from mixtral.server.supervisor import EXHAUSTED
-from mixtral.server.work import Facts, Prepared
+from mixtral.server.work import Prepared
 from mixtral.wire import ChannelError, Frames, frames_of
 
 __all__ = ["Answer", "Ask", "FromText", "Model", "Part", "Ready", "Refused", "Texts", "ToText", "in_parts"]

@@ -6,7 +6,7 @@ import hashlib
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -14,7 +14,7 @@ from mixtral.errors import MixtralError
 from mixtral.grammar import Source
 from mixtral.server.admission import Admission, AdmittedRun
 from mixtral.server.answer import Answer, Calls, Piece, echo, joined
-from mixtral.server.engine import Engine
+from mixtral.server.engine import Engine, Facts
 from mixtral.server.errors import ApiError
 from mixtral.server.fields import combination
 from mixtral.server.formats import Grammar, constraint
@@ -22,35 +22,13 @@ from mixtral.server.protocol import ChatRequest, CompletionRequest, Options
 from mixtral.server.replies import ChatReply, CompletionReply, Reply, usage
 from mixtral.server.routing import Collected, Telemetry
 from mixtral.server.sse import DONE, WAIT, Frames, frame
-from mixtral.tokenizer import Tokenizer, encode_chat
+from mixtral.tokenizer import encode_chat
 from mixtral.wire import Constraint, Done, PromptScores, PromptToken, SamplingParams, Started, Submit, Tokens
 
-__all__ = ["Facts", "Prepared", "Work", "begin", "collect", "prepare_chat", "prepare_completion", "stream"]
+__all__ = ["Prepared", "Work", "begin", "collect", "prepare_chat", "prepare_completion", "stream"]
 
 _CHAT_TOKENS = 4096
 _COMPLETION_TOKENS = 16
-
-
-class Facts(Protocol):
-    """What a request is read for; a part of Engine."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def context(self) -> int: ...
-
-    @property
-    def cache_tokens(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def layers(self) -> int: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
 
 
 class Prepared(msgspec.Struct, frozen=True, kw_only=True, tag="prepared", forbid_unknown_fields=True):

@@ -6,8 +6,7 @@ N pairs, A answer tokens of all documents, T tokens. Documents stand in pairs: c
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,10 @@ from torch import Tensor
 from mixtral.errors import ConfigError
 from mixtral.model.batch import Output
 from mixtral.ops import head_cross_entropy
-from mixtral.train import checkpoint
 from mixtral.train.data import TokenBatch
 from mixtral.train.fine import FineTuning, token_batch
 from mixtral.train.lines import Doc, Lines, Pair, read_pairs
-from mixtral.train.loop import StepReport, drive
+from mixtral.train.loop import StepReport
 from mixtral.train.losses import dpo_loss, router_losses
 from mixtral.train.order import in_parts, of_step
 from mixtral.train.reference import Cache, Said
@@ -252,28 +250,4 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         return hashlib.sha256(repr((*parts, run.dtype, run.threads)).encode()).hexdigest()
 
 
-def dpo(
-    config: DpoConfig,
-    folder: Path,
-    base: Path,
-    *,
-    on_ready: Callable[[Dpo], None] = lambda run: None,
-    on_step: Callable[[StepReport], None],
-    on_validation: Callable[[int, float], None] = lambda step, loss: None,
-    max_seconds: float | None = None,
-    stopping: Callable[[], bool] = lambda: False,
-) -> Dpo:
-    """Train the model at ``base`` on preferences; all else, and the errors, as in ``sft``."""
-    started = time.monotonic()
-    with checkpoint.exclusive(folder):
-        run = Dpo(config, folder, base)
-        on_ready(run)
-        drive(
-            run,
-            on_step=on_step,
-            on_validation=on_validation,
-            max_seconds=max_seconds,
-            stopping=stopping,
-            started=started,
-        )
-    return run
+dpo = Dpo.train

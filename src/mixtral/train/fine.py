@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from torch import Tensor
 from mixtral.adapters import Adapter, Selection, attach, attach_experts
 from mixtral.desk.source import Source
 from mixtral.errors import ConfigError, TrainingError
+from mixtral.train import checkpoint
 from mixtral.train.data import TokenBatch
 from mixtral.train.lines import Doc, Lines
-from mixtral.train.loop import StepReport
+from mixtral.train.loop import StepReport, drive
 from mixtral.train.optim import Optimizer
 from mixtral.train.start import Start, fingerprint, load_start
 from mixtral.train.training import Part, Saved, Training, open_state
@@ -79,6 +81,43 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
         self.start.masters.clear()  # the optimizer has its own
         self.prepare()
         self.begin(self.model, optimizer, self._probe_batch(), saved)
+
+    @classmethod
+    def train(
+        cls,
+        config: K,
+        folder: Path,
+        base: Path,
+        *,
+        on_ready: Callable[[Self], None] = lambda run: None,
+        on_step: Callable[[StepReport], None],
+        on_validation: Callable[[int, float], None] = lambda step, loss: None,
+        max_seconds: float | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Self:
+        """Fine-tune the model at ``base`` to the end of the configuration; see ``drive`` for logging and stopping.
+
+        Every line of the data is checked first. ``on_ready`` gets the run before its first step. Called again with the
+        same folder it goes on where it stopped, with bitwise the same result as one run without a stop.
+
+        Raises:
+            BadLinesError: lines of the data cannot be trained; nothing was.
+            TrainingError: the run cannot start or go on, or the last state could not be saved.
+            ConfigError, CheckpointError: the model cannot be loaded or trained in this way.
+        """
+        started = time.monotonic()
+        with checkpoint.exclusive(folder):
+            run = cls(config, folder, base)
+            on_ready(run)
+            drive(
+                run,
+                on_step=on_step,
+                on_validation=on_validation,
+                max_seconds=max_seconds,
+                stopping=stopping,
+                started=started,
+            )
+        return run
 
     @abstractmethod
     def read(self, path: Path, held_out_percent: int) -> Lines[T]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from mixtral.ops import head_cross_entropy
-from mixtral.train import checkpoint
 from mixtral.train.data import TokenBatch
 from mixtral.train.fine import FineTuning, token_batch
 from mixtral.train.lines import Doc, Lines, read_texts
-from mixtral.train.loop import StepReport, drive
 from mixtral.train.losses import router_losses
 from mixtral.train.order import in_parts, of_step
 from mixtral.train.training import Step, forward
@@ -76,37 +72,4 @@ class Sft(FineTuning[SftConfig, TokenBatch, Doc]):
         return total / weight if weight else None
 
 
-def sft(
-    config: SftConfig,
-    folder: Path,
-    base: Path,
-    *,
-    on_ready: Callable[[Sft], None] = lambda run: None,
-    on_step: Callable[[StepReport], None],
-    on_validation: Callable[[int, float], None] = lambda step, loss: None,
-    max_seconds: float | None = None,
-    stopping: Callable[[], bool] = lambda: False,
-) -> Sft:
-    """Fine-tune the model at ``base`` to the end of the configuration; see ``loop.drive`` for logging and stopping.
-
-    Every line of the data is checked first. ``on_ready`` gets the run before its first step. Called again with the same
-    folder it goes on where it stopped, with bitwise the same result as one run without a stop.
-
-    Raises:
-        BadLinesError: lines of the data cannot be trained; nothing was.
-        TrainingError: the run cannot start or go on, or the last state could not be saved.
-        ConfigError, CheckpointError: the model cannot be loaded or trained in this way.
-    """
-    started = time.monotonic()
-    with checkpoint.exclusive(folder):
-        run = Sft(config, folder, base)
-        on_ready(run)
-        drive(
-            run,
-            on_step=on_step,
-            on_validation=on_validation,
-            max_seconds=max_seconds,
-            stopping=stopping,
-            started=started,
-        )
-    return run
+sft = Sft.train
