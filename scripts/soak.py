@@ -163,9 +163,9 @@ class Family:
         return next((pid for pid, what in self._members() if what == "engine"), None)
 
     def files(self) -> int:
-        """Open files of the HTTP process, those of its pipes to trial processes (two each) left out."""
-        trials = sum(what == "trial" for _, what in self._members())
-        return len(os.listdir(f"/proc/{self.pid}/fd")) - 2 * trials
+        """Open files of the HTTP process without those to trial processes (two pipes) and text processes (a socket)."""
+        links = sum({"trial": 2, "text": 1}.get(what, 0) for _, what in self._members())
+        return len(os.listdir(f"/proc/{self.pid}/fd")) - links
 
     def _run(self) -> None:
         while not self._ended.wait(self._every_s):
@@ -183,10 +183,17 @@ class Family:
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 if int(fields[1]) == self.pid and fields[0] != "Z":
                     command = (folder / "cmdline").read_bytes()
-                    found.append((int(folder.name), "engine" if b"mixtral.worker" in command else "trial"))
+                    found.append((int(folder.name), _kind(command)))
             except OSError:
                 continue
         return found
+
+
+def _kind(command: bytes) -> str:
+    """What a process of the server does, by its command line."""
+    if b"mixtral.worker" in command:
+        return "engine"
+    return "text" if b"mixtral.server.textchild" in command else "trial"
 
 
 def _sample(pid: int) -> Sample:

@@ -20,6 +20,7 @@ __all__ = ["build_engine", "fingerprint"]
 
 _WEIGHTS = ("*.safetensors", "*.gguf", "*.json")
 _SAMPLE_BYTES = 1 << 16
+_SAMPLES, _PIECE_BYTES = 256, 4096
 
 
 def build_engine(start: Start) -> tuple[Engine, Hello]:
@@ -63,7 +64,8 @@ def build_engine(start: Start) -> tuple[Engine, Hello]:
 def fingerprint(model: Path, tokenizer: str, start: Start) -> str:
     """Equal where the same request gets the same answer: version, weights, tokenizer and how the numbers are held.
 
-    Of the files of weights, and of an adapter, their names, sizes, beginnings and ends count.
+    Of the files of weights, and of an adapter, count their names, their sizes and samples of what is in them: both ends
+    and 256 pieces of 4 KiB between. A change that is smaller than their distance can go unnoticed.
     """
     held = (start.device, start.dtype, start.decode, start.reference, start.kv_dtype)
     digest = hashlib.sha256(msgspec.msgpack.encode((__version__, tokenizer, held)))
@@ -73,6 +75,9 @@ def fingerprint(model: Path, tokenizer: str, start: Start) -> str:
         digest.update(msgspec.msgpack.encode((path.name, size)))
         with path.open("rb") as file:
             digest.update(file.read(_SAMPLE_BYTES))
+            for sample in range(1, _SAMPLES + 1):
+                file.seek(sample * size // (_SAMPLES + 1))
+                digest.update(file.read(_PIECE_BYTES))
             file.seek(max(0, size - _SAMPLE_BYTES))
             digest.update(file.read(_SAMPLE_BYTES))
     return f"fp_{digest.hexdigest()[:16]}"
@@ -86,11 +91,15 @@ def _config(start: Start) -> EngineConfig:
     default = EngineConfig()
     return EngineConfig(
         cache_bytes=start.cache_bytes,
-        max_num_seqs=start.max_num_seqs or default.max_num_seqs,
-        max_num_batched_tokens=start.max_num_batched_tokens or default.max_num_batched_tokens,
+        max_num_seqs=_given(start.max_num_seqs, default.max_num_seqs),
+        max_num_batched_tokens=_given(start.max_num_batched_tokens, default.max_num_batched_tokens),
         max_tokens_beside_answers=start.max_tokens_beside_answers,
         prefix_cache=start.prefix_cache,
     )
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def _context(llm: LLM, wanted: int | None) -> int:

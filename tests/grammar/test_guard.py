@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -39,6 +41,26 @@ CRASH = planted(
         | {"d2000": {}},
     }
 )
+
+
+@contextlib.contextmanager
+def many_files() -> Iterator[None]:
+    """This process has more open files than select() can take."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], min(2048, before[1])), before[1]))
+    held: list[int] = []
+    try:
+        held += [os.dup(0) for _ in range(1100)]
+        yield
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_process_with_many_open_files_tries_grammars() -> None:
+    with many_files(), contextlib.closing(Guard(Tokenizer("v3"), workers=1)) as own:
+        own.check(GOOD)
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +248,7 @@ def test_eating_memory_is_survived() -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_stopped_process_is_replaced(how: signal.Signals) -> None:
-    guard = Guard(Tokenizer("v3"), workers=1, limits=Limits(seconds=0.3, cache_bytes=0))
+    guard = Guard(Tokenizer("v3"), workers=1, limits=Limits(seconds=1.5, cache_bytes=0))
     try:
         guard.check(GOOD)
         before = guard.pids()

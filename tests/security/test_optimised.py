@@ -77,6 +77,8 @@ def test_a_wrong_expectation_is_found_out(watched: Watched) -> None:
         (["--host", "::"], "there are no API keys"),
         (["--allowed-origin", "chat.example"], "expected a site"),
         (["--queue-size", "0"], "queue_size"),
+        (["--max-num-seqs", "0"], "max_num_seqs"),
+        (["--max-num-batched-tokens", "0"], "max_num_batched_tokens"),
         (["--tls-cert", "nothing.pem"], "and its key"),
         (["--api-key-file", "nothing.toml"], "nothing.toml"),
         (["--api-key", ""], "key"),

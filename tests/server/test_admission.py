@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from checks import check_error, events
 from fake import MESSAGES, FakeEngine, listening, wait_until
@@ -50,6 +51,12 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def post(address: str, **fields: object) -> httpx.Response:
     return httpx.post(address + PATH, json={**GOOD, **fields}, timeout=20)
+
+
+def is_held(port: int | None, other: int) -> bool:
+    """Whether the server at ``port`` still has its end of the connection from ``other``."""
+    found = psutil.Process().net_connections()
+    return any(each.raddr and (each.laddr.port, each.raddr.port) == (port, other) for each in found)
 
 
 def release(engine: FakeEngine) -> None:
@@ -183,6 +190,24 @@ def test_a_reader_that_stands_still_is_dropped(engine: FakeEngine) -> None:
         assert engine.tokens < 60_000
         engine.reply = "Next."
         assert post(address, max_tokens=9).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_whole_answer_that_nobody_reads_is_dropped() -> None:
+    """Also what is left of it in the buffers after its last part was handed on."""
+    engine = FakeEngine()
+    body = json.dumps({"prompt": "word " * 500_000, "return_pieces": True}).encode()
+    config = ServerConfig(port=0, stall_timeout_s=0.3, keep_alive_s=0.3)
+    with listening(engine, config) as address:
+        place = urlsplit(address)
+        head = f"POST /tokenize HTTP/1.1\r\nhost: {place.netloc}\r\ncontent-length: {len(body)}\r\n"
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((place.hostname or "", place.port or 80))
+            connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
+            ends = (place.port, connection.getsockname()[1])
+            wait_until(lambda: is_held(*ends))
+            wait_until(lambda: not is_held(*ends), timeout_s=15)
 
 
 def test_a_stream_without_tokens_is_kept_open_by_comments(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,7 +15,7 @@ from fake import CONTEXT, MESSAGES, FakeEngine
 from starlette.testclient import TestClient
 from threaded import ThreadEngine
 
-from mixtral.errors import CapacityError, ConfigError, NumericalError, RequestError
+from mixtral.errors import CapacityError, ConfigError, EngineError, MessagesError, NumericalError, RequestError
 from mixtral.server import ServerConfig, build
 from mixtral.server.engine import State
 
@@ -258,3 +260,35 @@ def test_a_bad_setting_is_refused(fields: dict[str, Any], param: str) -> None:
 
 def test_loopback_addresses_are_accepted() -> None:
     assert [ServerConfig(host=host).port for host in ("localhost", "127.0.0.1", "::1", "127.8.9.1")] == [8000] * 4
+
+
+def test_a_failure_while_it_serves_closes_everything(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    own = ThreadEngine(engine, ServerConfig())
+    close = own.close
+
+    async def closing() -> None:
+        closed.append("engine")
+        await close()
+
+    monkeypatch.setattr(own, "close", closing)
+    app = build(own, grammar=None)
+
+    async def fail() -> None:
+        async with app.router.lifespan_context(app):
+            raise ConfigError("the output belongs to another run")
+
+    with pytest.raises(ConfigError):
+        asyncio.run(fail())
+    assert closed == ["engine"]
+
+
+def test_every_code_of_the_server_is_in_the_documents() -> None:
+    root = Path(__file__).resolve().parents[2]
+    given = re.compile(r'(?:ApiError\(\s*\d+,\s*|overloaded\(\s*|code=)"([a-z_]+)"')
+    sources = [path.read_text(encoding="utf-8") for path in (root / "src/mixtral/server").glob("*.py")]
+    codes = {code for text in sources for code in given.findall(text)} - {"invalid_request"}  # what no route reaches
+    codes |= {kind.code for kind in (EngineError, NumericalError, CapacityError, RequestError, MessagesError)}
+    assert len(codes) > 30
+    listed = (root / "docs/serving.md").read_text(encoding="utf-8").split("## Errors")[1]
+    assert {code for code in codes if f"`{code}`" not in listed} == set()

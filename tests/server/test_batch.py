@@ -80,6 +80,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(each) for each in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_none_at_once_is_refused(files: BatchFiles) -> None:
+    files.requests.write_text(GOOD[0] + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="0 requests at once; expected 1 or more"):
+        run(files, at_once=0)
+    assert not files.answers.exists()
+
+
 def test_every_line_is_answered_in_order(files: BatchFiles) -> None:
     lines = mixed()
     files.requests.write_text("\n".join(lines), encoding="utf-8")

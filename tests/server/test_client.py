@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -294,6 +295,38 @@ def test_an_engine_that_became_another_model_is_not_used() -> None:
         assert client.cache_tokens == 100
 
     with_client(goes_on, failing, lambda: (StepEngine(), smaller))
+
+
+class Deaf:
+    """A worker that ends only when it is killed."""
+
+    pid = 0
+
+    def __init__(self) -> None:
+        self.sock, self.other = socket.socketpair()
+        self.killed = False
+
+    def poll(self) -> int | None:
+        return -9 if self.killed else None
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_an_engine_is_ended_also_if_the_client_is_closed_while_it_waits_for_that() -> None:
+    async def act() -> None:
+        worker = Deaf()
+        client = Client(lambda: worker, ServerConfig())
+        await client.start()
+        await asyncio.sleep(0.1)
+        worker.other.sendall(b"\xff" * 64)  # no frame: its channel is given up, and it gets time to end
+        await asyncio.sleep(0.3)
+        assert not worker.killed
+        await client.close()
+        assert worker.killed
+        worker.other.close()
+
+    asyncio.run(act())
 
 
 def test_aborting_ends_what_is_open_with_the_reason() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixtral import faults
-from mixtral.engine.pages import PageAllocator
+from mixtral.engine.pages import PageAllocator, pages_for
 from mixtral.engine.scheduler import Piece
 from mixtral.model.batch import Batch, Cache
 from mixtral.model.mixtral import Mixtral
@@ -54,14 +54,14 @@ class StepResult:
     def picks_LTA(self) -> npt.NDArray[np.int64]:
         """The experts of every token, the larger weight first."""
         if self._picks_LTA is None:
-            self._picks_LTA = np.stack([_host(route.picks_TA) for route in self._routes])
+            self._picks_LTA = torch.stack([route.picks_TA for route in self._routes]).cpu().numpy()
         return self._picks_LTA
 
     @property
     def weights_LTA(self) -> Floats:
         """Their weights."""
         if self._weights_LTA is None:
-            self._weights_LTA = np.stack([_host(route.weights_TA) for route in self._routes])
+            self._weights_LTA = _host(torch.stack([route.weights_TA for route in self._routes]))
         return self._weights_LTA
 
     def routing(self, first: int, last: int) -> tuple[bytes, bytes]:
@@ -115,7 +115,7 @@ class Runner:
 
     def logits(self, ids: Sequence[int], chunk: int) -> Tensor:
         """Raw logits after each of the T ids, float32 [T, V], with a cache of its own."""
-        pages = PageAllocator(-(-len(ids) // 64))
+        pages = PageAllocator(pages_for(len(ids)))
         pages.open(0, (), len(ids))
         cache, found = self.model.new_cache(pages.total), []
         device = self.model.device

@@ -6,7 +6,6 @@ vocabulary and the limits; each further one is a grammar, answered by what becam
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import resource
@@ -21,13 +20,13 @@ from mixtral.errors import MixtralError
 from mixtral.grammar.mask import Grammar
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Constraint
+from mixtral.wire.child import confine
 
 __all__ = ["attempt", "read_message", "write_message"]
 
 STEPS = 64
 _MESSAGE_BYTES = 16 * 1024 * 1024
 _REASON = 500  # characters that are told of an error
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def attempt(grammar: Grammar, text: str) -> str | None:
@@ -81,15 +80,19 @@ def _read(file: int, size: int, end: float | None) -> bytes:
 
 
 def _wait(end: float | None, *, read: int | None = None, write: int | None = None) -> None:
-    left = None if end is None else max(0.0, end - time.monotonic())
-    if not any(select.select([read] if read is not None else [], [write] if write is not None else [], [], left)):
+    # Not select.select: a server with many connections has descriptors that it cannot take.
+    one = select.poll()
+    if read is not None:
+        one.register(read, select.POLLIN)
+    if write is not None:
+        one.register(write, select.POLLOUT)
+    if not one.poll(None if end is None else max(0.0, end - time.monotonic()) * 1000):
         raise TimeoutError("the other process does not answer")
 
 
 def _child(grammar: Grammar, text: str, limits: dict[str, Any], file: int) -> None:
     """Runs in the child and never returns. Its limits hold from here on, the stack's too."""
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    confine()
     seconds = int(limits["seconds"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (limits["memory_bytes"], limits["memory_bytes"]))
@@ -126,9 +129,7 @@ def _try(grammar: Grammar, text: str, limits: dict[str, Any]) -> dict[str, Any] 
 
 def main() -> None:
     """Serve trials until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to us too; we end when the server does
-    ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    confine(dies_with_starter=False)  # that is a thread, which may end; the end of the input is what counts
     start = read_message(0)
     if start is None:
         return

@@ -59,9 +59,11 @@ def build(engine: Engine, config: ServerConfig | None = None, *, grammar: Gramma
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
-        yield
-        routes.close()
-        await engine.close()
+        try:
+            yield
+        finally:
+            routes.close()
+            await engine.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for method, path, handler in [*routes.table(), *status.table()]:

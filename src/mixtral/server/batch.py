@@ -71,10 +71,12 @@ def run_batch(
     ``at_once`` requests are open at a time; ``on_line`` gets how many lines are done, of how many.
 
     Raises:
-        ConfigError: the input is too large or not text, or the output belongs to another run.
+        ConfigError: ``at_once`` is below 1, the input is too large or not text, or the output belongs to another run.
         EngineError: the engine failed; what is done is kept, and the next run goes on from there.
         OSError: a file cannot be read or written.
     """
+    if at_once < 1:
+        raise ConfigError(f"{at_once} requests at once; expected 1 or more", param="max_num_seqs")
     return asyncio.run(_run(engine, files, at_once, limit_bytes, on_line))
 
 
@@ -83,7 +85,7 @@ async def _run(
 ) -> tuple[int, int]:
     lines, digest = _read(files.requests, limit_bytes)
     config = ServerConfig(
-        queue_size=max(at_once, 1),
+        queue_size=at_once,
         queue_tokens=2**31 - 1,
         queue_timeout_s=3600,
         request_timeout_s=86400,

@@ -12,7 +12,6 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from mixtral.grammar import Source
 from mixtral.server.admission import Admission
@@ -23,7 +22,7 @@ from mixtral.server.formats import Grammar
 from mixtral.server.keys import holder_of
 from mixtral.server.openapi import document
 from mixtral.server.reading import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, check_model, read
-from mixtral.server.sse import EventStream, unless_gone
+from mixtral.server.sse import EventStream, Whole, unless_gone
 from mixtral.server.texts import Texts
 from mixtral.server.work import Prepared, begin, collect, stream
 
@@ -31,7 +30,6 @@ __all__ = ["UNSUPPORTED", "Routes"]
 
 _log = logging.getLogger("mixtral.server")
 _BODIES = 16  # of the largest size, that may be in memory at once
-_PART_BYTES = 256 * 1024  # of an answer, that are sent at once
 # OpenAI routes that are not here, and why.
 UNSUPPORTED: Mapping[str, str] = {
     "/v1/embeddings": "the model has no embedding head",
@@ -139,7 +137,7 @@ class Routes:
             found = await self._read(route, body, "" if holder is None else holder.name)
             del body
         if isinstance(found, bytes):
-            return _Whole(found, media_type="application/json")
+            return Whole(found, self._config)
         for source in found.sources:
             if self._grammar is not None:
                 # Not among the threads for texts: others shall not wait for grammars that are slow to try.
@@ -153,7 +151,8 @@ class Routes:
             work.charge = holder.charge
         if found.stream:
             return EventStream(stream(self._door, work), self._config, headers)
-        return JSONResponse(await unless_gone(request.receive, collect(self._door, work)), headers=headers)
+        answer = await unless_gone(request.receive, collect(self._door, work))
+        return Whole(bytes(JSONResponse(answer).body), self._config, headers)
 
     async def _read(self, route: str, body: bytes, holder: str) -> Prepared | bytes:
         if len(body) > INLINE_BYTES:
@@ -172,13 +171,3 @@ class Routes:
             "max_model_len": self._engine.context,
         }
         return {self._engine.name: description}
-
-
-class _Whole(Response):
-    """An answer that may be long, sent in parts."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for start in range(0, len(self.body), _PART_BYTES):
-            part = self.body[start : start + _PART_BYTES]
-            await send({"type": "http.response.body", "body": part, "more_body": start + _PART_BYTES < len(self.body)})

@@ -16,7 +16,7 @@ from mixtral.server.config import ServerConfig
 from mixtral.server.deadline import Deadline
 from mixtral.server.errors import ApiError, ClientGone, as_api_error
 
-__all__ = ["DONE", "WAIT", "EventStream", "Frames", "frame", "unless_gone"]
+__all__ = ["DONE", "WAIT", "EventStream", "Frames", "Whole", "frame", "unless_gone"]
 
 DONE = b"data: [DONE]\n\n"
 WAIT = b": wait\n\n"
@@ -89,8 +89,7 @@ class EventStream(Response):
         super().__init__(headers={**headers, "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames
-        self._config = config
-        self._deadline = Deadline()
+        self._sender = _Sender(config.stall_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await unless_gone(receive, self._stream(scope, send))
@@ -103,8 +102,8 @@ class EventStream(Response):
                     start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
                     await send(start)
                     started = True
-                await self._send(send, data, more=True)
-        await self._send(send, b"", more=False)
+                await self._sender.send(send, data, more=True)
+        await self._sender.send(send, b"", more=False)
 
     async def _safe(self, scope: Scope) -> AsyncGenerator[bytes, None]:
         started = False
@@ -122,17 +121,36 @@ class EventStream(Response):
                 _log.exception("request %s failed", scope.get("mixtral.request_id"), exc_info=error)
             yield frame(known.body())
 
-    async def _send(self, send: Send, data: bytes, *, more: bool) -> None:
+
+class Whole(Response):
+    """A JSON answer that may be long, for a reader that takes it in time."""
+
+    media_type = "application/json"
+
+    def __init__(self, content: bytes, config: ServerConfig, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(content, headers=headers)
+        self._sender = _Sender(config.stall_timeout_s)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await self._sender.send(send, bytes(self.body), more=False)
+
+
+class _Sender:
+    """Sends the body of a response in parts; a reader that takes none for ``limit_s`` is gone."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._deadline = Deadline()
+
+    async def send(self, send: Send, data: bytes, *, more: bool) -> None:
+        """Send ``data``; ``more`` says whether other data follow. Raises ClientGone."""
         try:
             for start in range(0, len(data) or 1, _PART_BYTES):
                 end = start + _PART_BYTES
-                with self._deadline.within(self._config.stall_timeout_s):
-                    message = {
-                        "type": "http.response.body",
-                        "body": data[start:end],
-                        "more_body": more or end < len(data),
-                    }
-                    await send(message)
+                goes_on = more or end < len(data)
+                with self._deadline.within(self._limit_s):
+                    await send({"type": "http.response.body", "body": data[start:end], "more_body": goes_on})
         except (TimeoutError, OSError):
             raise ClientGone from None
 

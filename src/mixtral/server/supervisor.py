@@ -306,7 +306,7 @@ class Supervisor:
 
     async def _end(self) -> None:
         """Make sure that no engine runs. What does not end within some seconds (a thread in a step) is left behind."""
-        worker, link, self._worker, self._link = self._worker, self._link, None, None
+        worker, link, self._link = self._worker, self._link, None
         if link is not None:
             link.close()
         if worker is None:
@@ -316,6 +316,7 @@ class Supervisor:
         if not await _ended(worker, _END_S):
             _log.error("the engine did not end within %g s", _END_S)
         worker.sock.close()
+        self._worker = None  # not before: who is cancelled on the way here must still be able to end it
 
 
 async def _ended(worker: Worker, within_s: float) -> bool:

@@ -29,6 +29,7 @@ class LimitedProtocol(H11Protocol):
     """uvicorn's protocol with a limit of connections and a time limit for request heads; see ``limited``."""
 
     header_timeout_s: float
+    stall_timeout_s: float
     most_connections: int
     _head_timer: asyncio.TimerHandle | None = None
     _one_too_many = False
@@ -143,6 +144,8 @@ class _Patient:
         if self.is_closing():
             return
         self._closing = True
+        if self._transport.get_write_buffer_size():  # who reads nothing would keep the connection for ever
+            self._protocol.loop.call_later(self._protocol.stall_timeout_s, self._transport.abort)
         if self._protocol.is_sent_to and self._transport.can_write_eof():
             self._transport.write_eof()
             self._transport.resume_reading()
@@ -166,6 +169,7 @@ def limited(config: ServerConfig) -> type[LimitedProtocol]:
             self.logger = log
 
         header_timeout_s = config.header_timeout_s
+        stall_timeout_s = config.stall_timeout_s
         most_connections = max(most, 1)
 
     return Configured

@@ -12,8 +12,11 @@ __all__ = ["confine"]
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
-def confine() -> None:
-    """End with the parent, gain no rights, leave no core file, and leave signals meant for all to the parent.
+def confine(*, dies_with_starter: bool = True) -> None:
+    """Gain no rights, leave no core file, leave signals meant for all to the parent, and be killed when it ends.
+
+    Linux counts the thread that started the process as its parent: not ``dies_with_starter`` is for processes that
+    outlive theirs, and notice the end in another way.
 
     Raises:
         OSError: the system refuses.
@@ -23,6 +26,7 @@ def confine() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        for option, value in ((_PR_SET_PDEATHSIG, signal.SIGKILL), (_PR_SET_NO_NEW_PRIVS, 1)):
+        last = signal.SIGKILL if dies_with_starter else 0
+        for option, value in ((_PR_SET_PDEATHSIG, last), (_PR_SET_NO_NEW_PRIVS, 1)):
             if libc.prctl(option, value, 0, 0, 0) != 0:
                 raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
