@@ -6,6 +6,7 @@ folder, one after the other; http://127.0.0.1:8000 in them stands for the server
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -69,10 +70,24 @@ def with_outputs(page: str, outputs: Sequence[str]) -> str:
 
 
 def compared(output: str) -> str:
-    """An output without what is another one each time."""
+    """An output without what is another one each time: numbers, and where a stream of text is cut into events."""
+    return re.sub(r"(?:^data: \{.*\n\n?)+", _as_one_event, _without_numbers(output), flags=re.MULTILINE)
+
+
+def _without_numbers(output: str) -> str:
     for pattern, replacement in _VOLATILE:
         output = pattern.sub(replacement, output)
     return output
+
+
+def _as_one_event(events: re.Match[str]) -> str:
+    # A server that is behind sends the tokens that are there together.
+    first, *others = [json.loads(line.removeprefix("data: ")) for line in events[0].split("\n") if line]
+    for event in others:
+        assert len(event["choices"]) == 1, "several choices would have to be joined one by one"
+        event["choices"][0]["text"] = first["choices"][0]["text"] + event["choices"][0]["text"]
+        first = event
+    return f"data: {json.dumps(first, separators=(',', ':'))}\n\n"
 
 
 def can_run_node() -> bool:
@@ -112,7 +127,7 @@ def run_example(example: Example, address: str, folder: Path, before: Sequence[s
     if done.returncode != 0:
         raise RuntimeError(f"exit code {done.returncode} of\n{text}\n{done.stdout}\n{done.stderr}")
     # One line each, without what editors take away at the ends of lines.
-    return "".join(f"{line.rstrip()}\n" for line in compared(done.stdout).rstrip("\n").split("\n"))
+    return "".join(f"{line.rstrip()}\n" for line in _without_numbers(done.stdout).rstrip("\n").split("\n"))
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from collections.abc import Iterator
@@ -29,7 +30,21 @@ def folder() -> Iterator[Path]:
 def test_an_example_gives_what_the_page_says(example: Any, address: str, folder: Path) -> None:
     if example.needs_node and not transcripts["can_run_node"]():
         pytest.skip("needs node, and npm install --no-save openai in the checkout")
-    assert transcripts["run_example"](example, address, folder, WATCHED) == transcripts["compared"](example.output)
+    found = transcripts["run_example"](example, address, folder, WATCHED)
+    assert transcripts["compared"](found) == transcripts["compared"](example.output)
+
+
+def test_a_stream_may_be_cut_elsewhere() -> None:
+    def event(text: str, reason: str | None = None) -> str:
+        choice = {"index": 0, "text": text, "finish_reason": reason}
+        return f"data: {json.dumps({'id': 'cmpl-' + 32 * 'a', 'choices': [choice]})}\n\n"
+
+    compared = transcripts["compared"]
+    apart = event(" Mu") + event("seum") + event(" is", "length") + "data: [DONE]\n"
+    assert compared(apart) == compared(event(" Museum") + event(" is", "length") + "data: [DONE]\n")
+    assert compared(apart) == compared(event(" Museum is", "length") + "data: [DONE]\n")
+    assert compared(apart) != compared(event(" Museums is", "length") + "data: [DONE]\n")
+    assert compared(apart) != compared(event(" Museum is", "stop") + "data: [DONE]\n")
 
 
 def test_every_marked_block_is_an_example() -> None:
