@@ -107,6 +107,13 @@ def test_an_adapter_is_trained_on_preferences_and_exported(model: Path, tmp_path
     assert main(["train", "export", str(run), str(tmp_path / "adapter")]) == 0
     assert "a PEFT adapter; try `mixtral chat --adapter" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    for dtype, says in (("bananas", "expected one of"), ("float32", "becomes an adapter, in float32; leave dtype out")):
+        assert main(["train", "export", str(run), str(tmp_path / "other"), "--dtype", dtype]) == 2
+        assert says in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
+    assert main(["train", "export", str(run), str(tmp_path / "other")]) == 2
+    assert "not empty" in capsys.readouterr().err
 
 
 def test_options_go_before_the_file(model: Path, tmp_path: Path) -> None:
