@@ -212,7 +212,7 @@ class Training(ABC, Generic[C, P]):
         self.seconds_total += seconds
         self._loads_LE = step.loads_LE()
         health = self.health.update(self._loads_LE)
-        if self.steps_done % self.config.run.save_every == 0 or self.steps_done == self.config.run.steps:
+        if self._probes:
             self._probe.measure(self.model)
         return self.report(
             step=self.steps_done,
@@ -308,9 +308,14 @@ class Training(ABC, Generic[C, P]):
         return self._loads_LE
 
     @property
-    def agreement(self) -> float:
-        """The part of the choices on the probe batch that are still those of the start, when last measured."""
-        return self._probe.agreement
+    def agreement(self) -> float | None:
+        """The part of the choices on the probe batch that are still those of the start; None where the present step is
+        none after which it is measured."""
+        return self._probe.agreement if self._probes else None
+
+    @property
+    def _probes(self) -> bool:
+        return self.steps_done % self.config.run.save_every == 0 or self.steps_done == self.config.run.steps
 
 
 def versions() -> dict[str, str]:
