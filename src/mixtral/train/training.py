@@ -38,6 +38,7 @@ __all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versio
 # Of files only the place may: what is in them is compared.
 _MAY_CHANGE = {"steps", "epochs", "save_every", "keep_last", "max_position_embeddings"}
 _PLACES = {"path", "train", "validation", "file"}
+_BEFORE = {"skip_norm": 0.0}  # there was no guard
 _NOT_OF_THE_OPTIMIZER = ("probe.", "health.")
 
 Saved = tuple[int, dict[str, Tensor], dict[str, Any]]
@@ -364,8 +365,9 @@ def _check_same(config: Settings, saved: Mapping[str, Any]) -> None:
                 param=table,
             )
         for name, value in (values or {}).items():
-            # What a state does not name came later than it; until then everything was as its default is now.
-            old = (before or {}).get(name, _default(config, table, name))
+            # What a state does not name came later than it; until then everything was as its default is now, or as
+            # ``_BEFORE`` says.
+            old = (before or {}).get(name, _BEFORE.get(name, _default(config, table, name)))
             if name not in _MAY_CHANGE | _PLACES and old != value:
                 raise TrainingError(
                     f"{table}.{name} is {value!r}, but the run was started with {old!r}; "
