@@ -116,7 +116,7 @@ def test_an_adapter_is_trained_on_preferences_and_exported(model: Path, tmp_path
     assert "not empty" in capsys.readouterr().err
 
 
-def test_options_go_before_the_file(model: Path, tmp_path: Path) -> None:
+def test_an_option_overrides_the_file(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "sft.toml"
     file.write_text('[data]\ntrain = "nowhere.jsonl"\n[run]\nepochs = 50\nsteps = 7\n[optim]\nlearning_rate = 1.0\n')
     data, run = talks(tmp_path / "x.jsonl"), tmp_path / "run"
