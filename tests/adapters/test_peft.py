@@ -244,6 +244,14 @@ def test_the_file_of_mistral_finetune(tiny_model: Mixtral, tmp_path: Path) -> No
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"some_new_feature": {"x": 1}}, "not known here"),
+        *(
+            ({"init_lora_weights": start}, f"init_lora_weights '{start}', which may change the base")
+            for start in ("pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica", "a later one")
+        ),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config {'loftq_bits': 4}"),
+        ({"corda_config": {"corda_method": "ipm"}}, "corda_config"),
+        ({"lora_ga_config": {"direction": "ArB2r"}}, "lora_ga_config"),
         ({"r": 5}, "has rank 4, but"),
         ({"r": True}, "r True"),
         ({"lora_alpha": "16"}, "lora_alpha '16'"),
@@ -261,6 +269,23 @@ def test_configs_that_are_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(CheckpointError, match=told.replace("(", r"\(").replace("*", r"\*")):
         read_adapter(tmp_path, tiny_config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"init_lora_weights": start} for start in (True, False, None, "gaussian", "eva", "orthogonal")),
+        {"loftq_config": {}, "corda_config": None, "lora_ga_config": None, "eva_config": {"rho": 2.0}},
+    ],
+)
+def test_first_values_that_leave_the_base_as_it_is_are_taken(
+    change: dict[str, Any], tiny_config: MixtralConfig, tmp_path: Path
+) -> None:
+    factors = factors_of(tiny_config, rank=4, targets=("q",))
+    write_adapter(tmp_path, tiny_config, factors)
+    path = tmp_path / CONFIG_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    same(read_adapter(tmp_path, tiny_config).factors, factors)
 
 
 JUNK = [None, True, -1, float("nan"), "x" * 300, [[]], {"": 1}, {"x": {}}]

@@ -144,10 +144,13 @@ def test_a_killed_rank_ends_the_run_and_the_next_goes_on(config: Path, tmp_path:
 @pytest.mark.slow
 def test_ranks_end_when_their_launcher_is_gone(config: Path, tmp_path: Path) -> None:
     config.write_text(NANO.format(steps=100_000))
-    with subprocess.Popen(command(config, tmp_path / "run", "dp=2"), stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        assert run.stdout.readline().startswith("step 1/")
+    out = tmp_path / "out"  # a file: a pipe that nobody reads any more would end them as well
+    with out.open("w") as file, subprocess.Popen(command(config, tmp_path / "run", "dp=2"), stdout=file) as run:
+        while run.poll() is None and not out.read_text().startswith("step 1/"):
+            time.sleep(0.1)
+        ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         run.kill()
+    assert len(ranks) == 2
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
@@ -155,4 +158,8 @@ def test_ranks_end_when_their_launcher_is_gone(config: Path, tmp_path: Path) -> 
                 break
         except TrainingError:
             time.sleep(0.2)
+    else:
+        for rank in ranks:
+            os.kill(int(rank), signal.SIGKILL)
+        pytest.fail("the ranks still run")
     assert checkpoint.load_latest(tmp_path / "run") is not None

@@ -227,6 +227,30 @@ def test_export_says_where_the_model_comes_from(finished: Path, tmp_path: Path) 
     }
 
 
+def test_export_replaces_a_model_only_when_told(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["train", "export", str(finished), str(tmp_path)]
+    (tmp_path / "config.json").write_text("mine")
+    assert main(command) == 2
+    assert "not empty; choose another folder, or overwrite it explicitly" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert main([*command, "--overwrite"]) == 0
+    assert (tmp_path / "model.safetensors").exists()
+    (tmp_path / "a file").touch()
+    assert main(["train", "export", str(finished), str(tmp_path / "a file")]) == 2
+    assert "a file: not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "says"), [("bananas", "expected one of"), ("float32", "leave dtype out")])
+def test_export_of_a_compact_model_has_no_choice_of_dtype(
+    finished: Path, tmp_path: Path, capsys: Capture, dtype: str, says: str
+) -> None:
+    assert main(["train", "export", str(finished), str(tmp_path / "model"), "--dtype", dtype]) == 2
+    error = capsys.readouterr().err
+    assert f"dtype is '{dtype}'" in error
+    assert says in error
+    assert not (tmp_path / "model").exists()
+
+
 def test_export_refuses_a_run_whose_only_state_is_damaged(finished: Path, tmp_path: Path) -> None:
     state = next(finished.glob("step-*"))
     damaged = tmp_path / "run" / state.name

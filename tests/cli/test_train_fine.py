@@ -107,9 +107,16 @@ def test_an_adapter_is_trained_on_preferences_and_exported(model: Path, tmp_path
     assert main(["train", "export", str(run), str(tmp_path / "adapter")]) == 0
     assert "a PEFT adapter; try `mixtral chat --adapter" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    for dtype, says in (("bananas", "expected one of"), ("float32", "becomes an adapter, in float32; leave dtype out")):
+        assert main(["train", "export", str(run), str(tmp_path / "other"), "--dtype", dtype]) == 2
+        assert says in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes").touch()
+    assert main(["train", "export", str(run), str(tmp_path / "other")]) == 2
+    assert "not empty" in capsys.readouterr().err
 
 
-def test_options_go_before_the_file(model: Path, tmp_path: Path) -> None:
+def test_an_option_overrides_the_file(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "sft.toml"
     file.write_text('[data]\ntrain = "nowhere.jsonl"\n[run]\nepochs = 50\nsteps = 7\n[optim]\nlearning_rate = 1.0\n')
     data, run = talks(tmp_path / "x.jsonl"), tmp_path / "run"
@@ -131,6 +138,11 @@ def test_options_go_before_the_file(model: Path, tmp_path: Path) -> None:
         (["--data", "x", "--set", "run.epochs"], "--set is 'run.epochs'; expected TABLE.KEY=VALUE"),
         (["--data", "x", "--set", "run.epoch=2"], "unknown key 'epoch' (did you mean 'epochs'?)"),
         (["--data", "x", "--set", "run.dtype=fp8"], "dtype is 'fp8'; expected 'bfloat16' or 'float32'"),
+        (["--data", "x", "--set", f"run.steps=1{'0' * 400}"], "steps is an integer of 1329 bits; expected at most 64"),
+        (["--data", "x", "--set", f"optim.ema=1{'0' * 400}"], "ema is an integer of 1329 bits; expected at most 64"),
+        (["--data", "x", "--set", f"run.steps=1{'0' * 5000}"], "--set run.steps: not TOML (Exceeds the limit"),
+        (["--data", "x", "--set", f"run.steps={'[' * 5000}"], "--set run.steps: not TOML ("),
+        (["--data", "x", "--epochs", f"1{'0' * 400}"], "epochs is an integer of 1329 bits; expected at most 64"),
         (["--data", "x", "--epochs", "0"], "epochs is 0; expected at least 1"),
         (["--data", "x", "--model", "8x7b"], "8x7b"),
     ],

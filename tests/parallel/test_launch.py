@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,11 +37,13 @@ def command(text: str, folder: Path) -> list[str]:
     return [sys.executable, "-c", text, str(folder)]
 
 
-def test_every_rank_knows_its_place(tmp_path: Path) -> None:
-    launch(command(SAY, tmp_path), 3)
+def test_every_rank_knows_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    text = SAY + "assert store.parent == folder and store.name.startswith('mixtral-ranks-')"
+    launch(command(text, tmp_path), 3)
+    # And nothing else: the folder through which they met is gone.
     found = sorted((path.name, path.read_text()) for path in tmp_path.iterdir())
     assert found == [(f"rank{rank}", f"3 {rank} 40700") for rank in range(3)]
-    assert not any("mixtral-ranks" in name for name in os.listdir(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ def test_a_run_on_two_ranks_is_that_of_one_process(
     assert max(found) <= 1e-3
     (loss, both) = (json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-1]) for n in ("one", "two"))
     assert loss["step"] == both["step"] == 3
+    (alone, shared) = (json.loads((tmp_path / n / "record.json").read_text()) for n in ("one", "two"))
+    assert (alone["hardware"]["devices"], shared["hardware"]["devices"]) == (1, 2)
+    assert shared["hardware"]["device"] == "cpu"
+    assert "of 2 processes" in shared["energy"]["kwh_method"]
     assert both["validation_loss"] == pytest.approx(loss["validation_loss"], rel=1e-3)
 
 

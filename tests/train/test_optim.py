@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -282,9 +285,31 @@ def test_only_the_parameters_that_are_given_are_trained_and_never_with_muon() ->
 def test_masters_that_are_given_are_exact_where_the_model_is_rounded() -> None:
     exact = {name: value.detach().clone() for name, value in Net(1).named_parameters()}
     net = Net(1, torch.bfloat16)
-    optimizer = Optimizer(net, config(), exact)
+    optimizer = Optimizer(net, config(), dict(exact))
     assert all(torch.equal(optimizer.masters[name], value) for name, value in exact.items())
     assert torch.equal(net.q_proj.weight.detach(), exact["q_proj.weight"].bfloat16())
+
+
+def test_masters_that_are_given_are_not_held_twice() -> None:
+    given = Taken({name: value.detach().clone() for name, value in Net(1).named_parameters()})
+    refs = [weakref.ref(value) for value in given.values()]
+    given.on_pop = lambda: sum(ref() is not None for ref in refs)
+    Optimizer(Net(1, torch.bfloat16), config(), given)
+    assert given.alive == [4, 3, 2, 1]
+    assert not given
+
+
+class Taken(dict[str, Tensor]):
+    """Notes how many of its values are still alive when one is taken out."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__(values)
+        self.alive: list[int] = []
+        self.on_pop: Callable[[], int] = lambda: 0
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        self.alive.append(self.on_pop())
+        return super().pop(name, default)
 
 
 def test_averaged_weights_are_the_decayed_mean_and_only_lent_to_the_model() -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mixtral.config import preset
+from mixtral.parallel.mesh import Mesh
+from mixtral.parallel.plan import Axes
 from mixtral.plan.sizes import count_parameters
 from mixtral.train import record
 from mixtral.train.config import PretrainConfig, RecordConfig
@@ -107,6 +110,48 @@ def test_what_the_record_says_may_be_changed_when_a_run_goes_on(tmp_path: Path, 
     stated = dataclasses.replace(nano(run={"steps": 2}), record=RecordConfig(watts=5.0))
     pretrain(stated, tmp_path, on_step=ignore)
     assert "times 5 W, as stated" in read(tmp_path)["energy"]["kwh_method"]
+
+
+def test_several_ranks_count_together(tmp_path: Path, nano: Nano) -> None:
+    run = pretrain(nano(run={"steps": 1, "threads": 1}), tmp_path, on_step=ignore)
+    one = record.build_record(run)
+    run.mesh = Mesh(Axes(dp=2, tp=2), 0, torch.device("cpu"), {})
+    four = record.build_record(run)
+    assert (four["hardware"]["device"], four["hardware"]["devices"], one["hardware"]["devices"]) == ("cpu", 4, 1)
+    for part, name, times in (
+        ("training", "peak_flops_per_second", 4),
+        ("training", "mfu", 1 / 4),
+        ("energy", "kwh_estimated", 4),
+        ("energy", "co2_grams_estimated", 4),
+    ):
+        assert four[part][name] == pytest.approx(times * one[part][name])
+    assert "10 W for each of 1 threads of 4 processes" in four["energy"]["kwh_method"]
+
+
+def test_of_accelerators_nothing_is_made_up(tmp_path: Path, nano: Nano) -> None:
+    run = pretrain(nano(run={"steps": 1}), tmp_path, on_step=ignore)
+    run.mesh = Mesh(Axes(dp=8), 0, torch.device("cuda", 0), {})
+    found = record.build_record(run)
+    assert (found["hardware"]["device"], found["hardware"]["devices"]) == ("cuda", 8)
+    named = {"training.peak_flops_per_second", "training.peak_is", "training.mfu"}
+    named |= {"energy.kwh_estimated", "energy.kwh_method", "energy.co2_grams_estimated"}
+    assert named <= nulls(found) == found["unknown"].keys()
+    assert "no step" not in found["unknown"]["training.mfu"]
+    assert "record.watts" in found["unknown"]["energy.kwh_estimated"]
+    run.config = dataclasses.replace(run.config, record=RecordConfig(watts=5600.0))
+    stated = record.build_record(run)
+    assert stated["energy"]["kwh_estimated"] == pytest.approx(5600 * run.seconds_total / 3.6e6)
+    assert "energy.kwh_estimated" not in stated["unknown"]
+
+
+def test_the_agreement_of_a_stopped_run_is_that_of_its_step_or_null(tmp_path: Path, nano: Nano) -> None:
+    seen: list[StepReport] = []
+    pretrain(nano(), tmp_path, on_step=seen.append, stopping=lambda: len(seen) == 4)
+    found = read(tmp_path)
+    assert found["router"]["choices_as_at_start"] is None
+    assert "save_every" in found["unknown"]["router.choices_as_at_start"]
+    pretrain(nano(), tmp_path, on_step=seen.append)
+    assert read(tmp_path)["router"]["choices_as_at_start"] == seen[-1].agreement < 1
 
 
 def test_operations_are_six_per_token_and_active_parameter_and_attention() -> None:

@@ -49,9 +49,12 @@ _PATTERN = re.compile(r"\^?(\.\*\\?\.)?(?:[A-Za-z0-9_.]|\\\.|\\d\+)+")
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "bias": ("none", None),
+    "corda_config": (None, {}),
     "fan_in_fan_out": (False, None),
     "layer_replication": (None,),
+    "loftq_config": (None, {}),
     "lora_bias": (False, None),
+    "lora_ga_config": (None, {}),
     "megatron_config": (None,),
     "modules_to_save": (None, []),
     "peft_type": ("LORA",),
@@ -60,6 +63,8 @@ _OFF: Mapping[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "use_qalora": (False, None),
 }
+# First values of the factors that leave the base as it was. PiSSA and its like subtract theirs from it.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Keys that say how it was trained, where it is used, or what is read here otherwise.
 _READ = frozenset(
     {
@@ -68,11 +73,11 @@ _READ = frozenset(
             "arrow_config",
             "auto_mapping",
             "base_model_name_or_path",
-            "corda_config",
             "ensure_weight_tying",
+            "eva_config",
         ),
-        *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
-        *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
+        *("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
+        *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core"),
         *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules"),
         *("target_parameters", "task_type", "use_rslora"),
     }
@@ -250,6 +255,14 @@ def _check_config(values: Mapping[str, Any], path: Path) -> None:
                 f"{path}: {CONFIG_NAME} has {key} {value!r:.80}, which is not known here and might change the result",
                 param=key,
             )
+    start = values.get("init_lora_weights")
+    if start not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"{path}: {CONFIG_NAME} says init_lora_weights {start!r:.80}, which may change the base as well: it "
+            f"belongs to another one then; expected one of {', '.join(map(str, _PLAIN_STARTS))}. PEFT's "
+            "save_pretrained makes plain LoRA of some with path_initial_model_for_weight_conversion",
+            param="init_lora_weights",
+        )
     if "peft_type" not in values:
         raise CheckpointError(f"{path}: {CONFIG_NAME} lacks peft_type; expected 'LORA'", param="peft_type")
     for key in ("r", "lora_alpha"):

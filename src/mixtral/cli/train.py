@@ -135,9 +135,13 @@ def dpo(
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder for the model or the adapter.")],
-    dtype: Annotated[str, typer.Option(help="Of an ordinary checkpoint: bfloat16, float16, float32.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of an ordinary checkpoint: bfloat16 (the default), float16, float32.")
+    ] = None,
     averaged: Annotated[bool, typer.Option("--averaged", help="The averaged weights (optim.ema).")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint or adapter in DST.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write into DST though it is not empty; a model there goes.")
+    ] = False,
 ) -> None:
     """Write the newest state of a run as a folder: a model, or the adapter that was trained.
 

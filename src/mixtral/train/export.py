@@ -12,7 +12,7 @@ from mixtral.adapters import Factors
 from mixtral.adapters.factors import EXPERTS, new_factors, target_of
 from mixtral.adapters.peft import write_adapter
 from mixtral.config import MixtralConfig
-from mixtral.errors import TrainingError
+from mixtral.errors import CheckpointError, ConfigError, TrainingError
 from mixtral.model import Mixtral
 from mixtral.tokenizer import Tokenizer
 from mixtral.train import checkpoint
@@ -20,24 +20,29 @@ from mixtral.train.start import fingerprint, load_start
 from mixtral.train.tune import AdapterConfig
 from mixtral.weights import dtype_of, save_compact, save_model
 from mixtral.weights.names import EMBEDDING, HEAD, is_router
+from mixtral.weights.save import check_folder
 from mixtral.weights.vocab import build_respell, expand_rows, row_map
 
 __all__ = ["export_run"]
 
 
 def export_run(
-    run_folder: Path, destination: Path, *, dtype: str = "bfloat16", averaged: bool = False, overwrite: bool = False
+    run_folder: Path, destination: Path, *, dtype: str | None = None, averaged: bool = False, overwrite: bool = False
 ) -> str:
     """Write the float32 masters of the newest state; what was written, in words.
 
     A run on shared vocabulary rows becomes int8 groups, with the respelling of the ids it did not train; a run of all
-    weights of another model an ordinary checkpoint in ``dtype``; a run of an adapter a PEFT folder. ``averaged`` takes
-    the averaged weights. Only a compact model replaces files that are there without ``overwrite``.
+    weights of another model an ordinary checkpoint in ``dtype`` (None: bfloat16), the only one that has a choice; a run
+    of an adapter a PEFT folder. ``averaged`` takes the averaged weights.
 
     Raises:
         TrainingError: there is no such run, it holds no whole state, or it has no averaged weights.
-        CheckpointError: a size of the model is no multiple of 32, or the destination cannot be written.
+        ConfigError: ``dtype`` is not a model's, or has no effect on what the run becomes.
+        CheckpointError: a size of the model is no multiple of 32, or the destination cannot be written, or is not empty
+            (and not ``overwrite``).
     """
+    wanted = dtype_of(dtype)
+    _check_destination(destination, overwrite=overwrite)
     saved = checkpoint.load_latest(run_folder) if run_folder.is_dir() else None
     if saved is None:
         what = "holds no whole run state" if run_folder.is_dir() else "no such folder"
@@ -48,6 +53,9 @@ def export_run(
     if not weights:
         raise TrainingError(f"{run_folder}: the run kept no averaged weights; they need optim.ema above 0")
     config = values["config"]
+    if dtype is not None and (config.get("adapter") or values["trained_ids"] is not None):
+        what = "an adapter, in float32" if config.get("adapter") else "int8 groups with shared vocabulary rows"
+        raise ConfigError(f"dtype is {dtype!r}, but the run becomes {what}; leave dtype out", param="dtype")
     if config.get("adapter"):
         _export_adapter(weights, values, destination, overwrite=overwrite)
         return "a PEFT adapter"
@@ -57,11 +65,18 @@ def export_run(
         values.get("model") or config["model"], source=f"{run_folder}: state of step {step}"
     )
     if values["trained_ids"] is None:
-        model = _filled(Mixtral(sizes, device="meta"), weights, dtype_of(dtype) or torch.bfloat16)
+        model = _filled(Mixtral(sizes, device="meta"), weights, wanted or torch.bfloat16)
         save_model(model, destination, overwrite=overwrite)
-        return f"a checkpoint in {dtype}"
+        return f"a checkpoint in {dtype or 'bfloat16'}"
     _export_compact(sizes.replace(vocab_size=values.get("vocab_size", sizes.vocab_size)), weights, saved, destination)
     return "int8 groups with shared vocabulary rows"
+
+
+def _check_destination(folder: Path, *, overwrite: bool) -> None:
+    try:
+        check_folder(folder, overwrite=overwrite)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
 def _with_experts(chosen: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
             optimizer = Optimizer(chosen, self.config.optim, masters)
         else:
             optimizer = Optimizer(self.model, self.config.optim, self.start.masters)
-        self.start.masters.clear()  # the optimizer has its own
+        self.start.masters.clear()  # what the optimizer did not take
         self.prepare()
         self.begin(self.model, optimizer, self._probe_batch(), saved)
 

@@ -26,7 +26,7 @@ class StepReport:
     of the whole step, in however many parts it was computed; 1 is even. ``entropy`` is that of the shares, 1 where all
     are even, as the mean over layers; ``dead`` counts the experts without a token in this step, ``collapsed`` those
     that the alarm is about, ``skipped`` the steps so far whose gradient was too long. ``agreement`` is the part of the
-    choices on a fixed batch that are those of the first step; it is measured when a state is saved.
+    choices on a fixed batch that are those of the first step; it is measured every ``save_every`` steps and at the end.
     """
 
     step: int

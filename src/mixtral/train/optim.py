@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -93,7 +93,8 @@ class Optimizer:
     """Masters and moments of a model. ``state()`` and ``load()`` move all of it; ``step()`` is deterministic.
 
     ``model`` may also be the parameters to train, by name: those of an adapter, in any model. ``masters`` are exact
-    starting values, float32, where the parameters are only their roundings. With ``shards`` everything is about this
+    starting values, float32, where the parameters are only their roundings; they are taken out of it one at a time, so
+    that they are not all in memory twice. With ``shards`` everything is about this
     rank's parts of the parameters, and ``step()`` is called by all ranks together.
     """
 
@@ -101,7 +102,7 @@ class Optimizer:
         self,
         model: nn.Module | Mapping[str, nn.Parameter],
         config: OptimConfig,
-        masters: Mapping[str, Tensor] | None = None,
+        masters: MutableMapping[str, Tensor] | None = None,
         shards: Shards | None = None,
     ) -> None:
         self.config, self.shards = config, shards
@@ -113,16 +114,17 @@ class Optimizer:
         whole = {n: tuple(self.parameters[n].shape) for n in self._matrices} if shards is None else shards.shapes
         mesh = alone() if shards is None else shards.mesh
         self._muon_matrices = Matrices([n for n in self.parameters if n in self._matrices], whole, mesh)
-        given = masters or {}
+        given = {} if masters is None else masters
+        is_rounded = bool(given)
         # Parts are float32: they are their own masters, unless averaged weights are to take their places for a while.
         same = shards is not None and not config.ema
-        self.masters = self.parts if same else {n: given.get(n, p).float().clone() for n, p in self.parts.items()}
+        self.masters = self.parts if same else {n: given.pop(n, p).float().clone() for n, p in self.parts.items()}
         self._grads: dict[str, Tensor] = {}
         self._first = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self._second = {n: torch.zeros_like(m) for n, m in self.masters.items() if n not in self._matrices}
         self._average = {name: master.clone() for name, master in self.masters.items()} if config.ema else {}
         self.steps = 0
-        if masters:
+        if is_rounded:
             self.refresh()
 
     def accumulate(self) -> None:

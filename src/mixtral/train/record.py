@@ -21,6 +21,7 @@ import torch
 from mixtral import __version__
 from mixtral.config import MixtralConfig
 from mixtral.ops.cores import usable_cores
+from mixtral.parallel.mesh import Mesh
 from mixtral.train.config import RecordConfig, RunConfig
 from mixtral.train.health import ALARM_LOAD, ALARM_STEPS
 from mixtral.train.optim import ADAM_BETAS, ADAM_EPS, MUON_MOMENTUM
@@ -66,7 +67,7 @@ def build_record(run: Training[Any, Any]) -> dict[str, Any]:
             "expert": run.mesh.axes.ep,
             "pipeline": 1,
         },
-        "hardware": _hardware(config.run),
+        "hardware": _hardware(config.run, run.mesh),
         **run.facts(),
     }
     record["training"] = {**_amounts(run), **record.get("training", {})}
@@ -163,11 +164,11 @@ def _precision(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def _hardware(run: RunConfig) -> dict[str, Any]:
+def _hardware(run: RunConfig, mesh: Mesh) -> dict[str, Any]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in os.sysconf_names else None
     return {
-        "device": "cpu",
-        "devices": 1,
+        "device": mesh.device.type,
+        "devices": mesh.axes.world,
         "processor": _processor(),
         "cores": usable_cores(),
         "threads": run.threads,
@@ -188,7 +189,9 @@ def _processor() -> str | None:
 def _amounts(run: Training[Any, Any]) -> dict[str, Any]:
     work = flops(run.model.config, run.tokens_total, run.squares_total, trained=run.trained_part)
     seconds = run.seconds_total
-    peak = _peak(run.config.run.dtype, run.config.run.threads)
+    # Of all ranks together; the kernels that are timed here are those of the CPU.
+    is_known = run.mesh.device.type == "cpu"
+    peak = _peak(run.config.run.dtype, run.config.run.threads) * run.mesh.axes.world if is_known else None
     return {
         "steps": run.steps_done,
         "steps_skipped": run.guard.skipped,
@@ -200,8 +203,10 @@ def _amounts(run: Training[Any, Any]) -> dict[str, Any]:
         "flops": work,
         "flops_are": "calculated from sizes, tokens and document lengths",
         "peak_flops_per_second": peak,
-        "peak_is": f"measured: product of two {_PEAK_SIZE} x {_PEAK_SIZE} matrices, same dtype and threads",
-        "mfu": work / seconds / peak if seconds else None,
+        "peak_is": f"measured: product of two {_PEAK_SIZE} x {_PEAK_SIZE} matrices, same dtype and threads, by devices"
+        if is_known
+        else None,
+        "mfu": work / seconds / peak if seconds and peak else None,
     }
 
 
@@ -218,21 +223,27 @@ def _peak(dtype: str, threads: int) -> float:
 
 
 def _energy(run: Training[Any, Any], stated: RecordConfig) -> dict[str, Any]:
-    threads = run.config.run.threads
-    watts = stated.watts or WATTS_PER_THREAD * threads
-    kwh = watts * run.seconds_total / 3.6e6
-    how = (
-        f"seconds of training times {watts:g} W, as stated in record.watts"
-        if stated.watts
-        else f"seconds of training times an assumed {WATTS_PER_THREAD:g} W for each of {threads} threads; not measured"
-    )
+    watts, how = _watts(run, stated)
+    kwh = None if watts is None else watts * run.seconds_total / 3.6e6
     return {
         "kwh_estimated": kwh,
         "kwh_method": how,
-        "co2_grams_estimated": kwh * stated.co2_grams_per_kwh,
+        "co2_grams_estimated": None if kwh is None else kwh * stated.co2_grams_per_kwh,
         "co2_method": f"kWh times {stated.co2_grams_per_kwh:g} g/kWh, from record.co2_grams_per_kwh "
         "(its default is about the world's average); making the hardware is not counted",
     }
+
+
+def _watts(run: Training[Any, Any], stated: RecordConfig) -> tuple[float | None, str | None]:
+    """Power drawn by all ranks together, and how the energy follows from it."""
+    threads, ranks = run.config.run.threads, run.mesh.axes.world
+    if stated.watts:
+        return stated.watts, f"seconds of training times {stated.watts:g} W, as stated in record.watts"
+    if run.mesh.device.type != "cpu":
+        return None, None
+    of_all = f"{threads} threads" + (f" of {ranks} processes" if ranks > 1 else "")
+    how = f"seconds of training times an assumed {WATTS_PER_THREAD:g} W for each of {of_all}; not measured"
+    return WATTS_PER_THREAD * threads * ranks, how
 
 
 def _state(record: dict[str, Any], stated: RecordConfig) -> None:
@@ -245,11 +256,21 @@ def _state(record: dict[str, Any], stated: RecordConfig) -> None:
 _REASONS = {
     "software.commit": "not run from a git checkout of the project",
     "router.specialisation": "not a number of training; `log.jsonl` has the entropy and the drift of the choices",
+    "router.choices_as_at_start": "measured every run.save_every steps and at the end, not where a run is stopped",
     "hardware.processor": "the system does not tell it",
     "hardware.memory_bytes": "the system does not tell it",
     "training.tokens_per_step": "no step was trained",
     "training.tokens_per_second": "no step was trained",
     "training.mfu": "no step was trained",
+}
+_NO_PEAK = "measured on CPUs only"
+_REASONS_OF_DEVICES = {
+    "training.peak_flops_per_second": _NO_PEAK,
+    "training.peak_is": _NO_PEAK,
+    "training.mfu": "needs the peak of the device, which is not measured",
+    "energy.kwh_estimated": "the power of this device is not known; state it as record.watts",
+    "energy.kwh_method": "the power of this device is not known; state it as record.watts",
+    "energy.co2_grams_estimated": "the power of this device is not known; state it as record.watts",
 }
 
 
@@ -261,12 +282,13 @@ def _reasons(record: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, dict):
             queue += [(f"{path}.{name}".lstrip("."), one) for name, one in value.items()]
         elif value is None:
-            found[path] = _reason(path)
+            found[path] = _reason(path, record["hardware"]["device"])
     return dict(sorted(found.items()))
 
 
-def _reason(path: str) -> str:
+def _reason(path: str, device: str) -> str:
     name = path.removeprefix("data.")
     if name in _STATED:
         return f"only who made the files knows; state it as record.{name}"
-    return _REASONS.get(path, "not known to the run")
+    more = {} if device == "cpu" else _REASONS_OF_DEVICES
+    return (_REASONS | more).get(path, "not known to the run")

@@ -38,6 +38,7 @@ __all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versio
 # Of files only the place may: what is in them is compared.
 _MAY_CHANGE = {"steps", "epochs", "save_every", "keep_last", "max_position_embeddings"}
 _PLACES = {"path", "train", "validation", "file"}
+_BEFORE = {"skip_norm": 0.0}  # there was no guard
 _NOT_OF_THE_OPTIMIZER = ("probe.", "health.")
 
 Saved = tuple[int, dict[str, Tensor], dict[str, Any]]
@@ -212,7 +213,7 @@ class Training(ABC, Generic[C, P]):
         self.seconds_total += seconds
         self._loads_LE = step.loads_LE()
         health = self.health.update(self._loads_LE)
-        if self.steps_done % self.config.run.save_every == 0 or self.steps_done == self.config.run.steps:
+        if self._probes:
             self._probe.measure(self.model)
         return self.report(
             step=self.steps_done,
@@ -308,9 +309,14 @@ class Training(ABC, Generic[C, P]):
         return self._loads_LE
 
     @property
-    def agreement(self) -> float:
-        """The part of the choices on the probe batch that are still those of the start, when last measured."""
-        return self._probe.agreement
+    def agreement(self) -> float | None:
+        """The part of the choices on the probe batch that are still those of the start; None where the present step is
+        none after which it is measured."""
+        return self._probe.agreement if self._probes else None
+
+    @property
+    def _probes(self) -> bool:
+        return self.steps_done % self.config.run.save_every == 0 or self.steps_done == self.config.run.steps
 
 
 def versions() -> dict[str, str]:
@@ -359,8 +365,9 @@ def _check_same(config: Settings, saved: Mapping[str, Any]) -> None:
                 param=table,
             )
         for name, value in (values or {}).items():
-            # What a state does not name came later than it; until then everything was as its default is now.
-            old = (before or {}).get(name, _default(config, table, name))
+            # What a state does not name came later than it; until then everything was as its default is now, or as
+            # ``_BEFORE`` says.
+            old = (before or {}).get(name, _BEFORE.get(name, _default(config, table, name)))
             if name not in _MAY_CHANGE | _PLACES and old != value:
                 raise TrainingError(
                     f"{table}.{name} is {value!r}, but the run was started with {old!r}; "
