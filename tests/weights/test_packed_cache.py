@@ -297,6 +297,28 @@ def test_weights_that_change_while_they_are_read(model: Path, cache: Path, monke
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("name", ["_sha256", "_stat"])
+def test_weights_that_cannot_be_read_again(
+    name: str, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is loaded already: it is used without a cache."""
+    expected = logits(model)
+    owner = packed_cache if name == "_sha256" else packed_cache.PackedCache
+    real, calls = getattr(owner, name), []
+
+    def failing(given: Any) -> Any:
+        calls.append(name)
+        if len(calls) > (name == "_stat"):  # states are read once before the weights
+            raise OSError(5, "Input/output error")
+        return real(given)
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.warns(UserWarning, match=r"cannot be written \(Input/output error\); it goes on without"):
+        found = logits(model, cache)
+    assert torch.equal(found, expected)
+    assert not cache.exists()
+
+
 def test_files_with_a_time_to_come(model: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of a clock that is ahead of ours: they are as good as others."""
     os.utime(model, ns=(0, 10 * MINUTE + time.time_ns()))

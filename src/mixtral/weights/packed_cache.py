@@ -84,11 +84,12 @@ class PackedCache:
         if not self._kept:
             _log.info("packed cache: nothing in this model is packed, so none is written")
             return
-        sha256 = _sha256(self._files)
-        if self._stat() != self._states:
-            warnings.warn("packed cache: the weights were changed while they were read; none is written", stacklevel=2)
-            return
         try:
+            sha256 = _sha256(self._files)
+            if self._stat() != self._states:
+                changed = "packed cache: the weights were changed while they were read; none is written"
+                warnings.warn(changed, stacklevel=2)
+                return
             written = write_panels(self.path, self._kept, source=self._key, sha256=sha256)
             if written:
                 self._note([], sha256)
