@@ -189,7 +189,8 @@ export class AnswerView {
 
   #showButtons() {
     const { message, actions } = this;
-    const cut = message.content !== "" && message.calls.length === 0 && ["length", "stopped"].includes(message.finish);
+    const unfinished = ["length", "stopped"].includes(message.finish);
+    const cut = message.format === "text" && message.content !== "" && message.calls.length === 0 && unfinished;
     const sourceButton = button(
       this.plain ? "Formatted" : "Source",
       () => {
