@@ -173,12 +173,20 @@ def test_a_form_beside_tools_is_for_the_text(llm: mixtral.LLM) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"messages": [USER, {"role": "assistant", "content": "a", "prefix": True}], "tools": TOOLS,
         "tool_choice": "required"}, "tool_choice"),
+        *(({"messages": [USER, {"role": "assistant", "content": "a", "prefix": True}], "response_format": form},
+        "response_format") for form, _ in FORMS),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(llm: mixtral.LLM, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as error:
         llm.chat(**{"messages": [USER], **fields})
     assert (error.value.code, error.value.param) == ("unsupported_combination", param)
+
+
+def test_a_continued_message_may_be_text(llm: mixtral.LLM) -> None:
+    messages = [USER, {"role": "assistant", "content": "a", "prefix": True}]
+    free = llm.chat(messages, temperature=0.0, max_tokens=9)
+    assert llm.chat(messages, temperature=0.0, max_tokens=9, response_format={"type": "text"}).content == free.content
 
 
 @pytest.mark.parametrize("choice", ["maybe", 1, {"type": "function"}, {"type": "x", "function": {"name": "hours"}}])

@@ -76,6 +76,9 @@ class Forms:
         if forced and continues:
             raise _combination("tool_choice", "a message that is continued cannot become a function call")
         text = self._text(response_format, params, stop)
+        if text is not None and continues:
+            message = "a message that is continued has no response_format: its beginning would not count"
+            raise _combination("response_format", message)
         calls = None
         if offered:
             _check_ends("tools", params)

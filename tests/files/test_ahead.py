@@ -61,7 +61,6 @@ def test_what_follows_is_mapped_and_no_more(tmp_path: Path) -> None:
         assert eventually(lambda: mapped(path) <= 40 * MB)
         assert ahead.need(memory, 60 * MB, 80 * MB)
         assert mapped(path) >= 50 * MB
-        assert ahead.need(memory, 0, MB)  # going back is allowed, and maps nothing
         assert running()
     finally:
         ahead.close()
@@ -69,6 +68,67 @@ def test_what_follows_is_mapped_and_no_more(tmp_path: Path) -> None:
     assert not ahead.need(memory, 0, MB)  # and it stays closed
     assert not ahead.release(memory, 0, MB)
     assert not running()
+
+
+def test_what_a_reader_goes_back_to_is_mapped(tmp_path: Path) -> None:
+    """To pages that were given back, and to pages that were never there; from there it goes on as before."""
+    path = tmp_path / "x"
+    memory, ahead = memory_of(path, 80 * MB), ReadAhead()
+    try:
+        assert ahead.need(memory, 40 * MB, 60 * MB)
+        assert eventually(lambda: mapped(path) == 40 * MB)
+        assert ahead.release(memory, 40 * MB, 20 * MB)
+        assert eventually(lambda: mapped(path) == 20 * MB)
+        assert ahead.need(memory, 20 * MB, 30 * MB)  # was never there
+        assert mapped(path) >= 30 * MB
+        assert eventually(lambda: mapped(path) == 60 * MB)  # 20 of them were given back
+        assert ahead.need(memory, 0, MB)
+        assert mapped(path) >= 61 * MB
+        assert eventually(lambda: mapped(path) == 80 * MB)
+    finally:
+        ahead.close()
+
+
+def test_a_piece_that_was_on_its_way_when_the_reader_went_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not count as what lies before it."""
+    path = tmp_path / "x"
+    memory, ahead = memory_of(path, 80 * MB), ReadAhead()
+    real, wanted, done = ahead._task, threading.Event(), []
+
+    def slow() -> object:
+        task = real()
+        if task is not None:
+            done.append(task[1])
+            if len(done) == 2:
+                wanted.wait(10)  # the piece is on its way
+        return task
+
+    monkeypatch.setattr(ahead, "_task", slow)
+    try:
+        assert ahead.need(memory, 40 * MB, 48 * MB)
+        assert eventually(lambda: len(done) == 2)
+        threading.Timer(0.1, wanted.set).start()
+        assert ahead.need(memory, 0, MB)
+        assert done[:3] == [40 * MB, 48 * MB, 0]
+    finally:
+        wanted.set()
+        ahead.close()
+
+
+def test_a_thread_that_fails_leaves_nobody_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, ahead = memory_of(tmp_path / "a", 4 * MB), ReadAhead()
+
+    def failing() -> None:
+        raise OSError("no")
+
+    monkeypatch.setattr(ahead, "_task", failing)
+    monkeypatch.setattr(threading, "excepthook", lambda given: None)
+    found: list[bool] = []
+    reader = threading.Thread(target=lambda: found.append(ahead.need(memory, 0, MB)), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert found == [False]
+    ahead.close()
 
 
 def test_another_file_is_read_from_where_it_is_used(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ RULES = (
     Rule(lambda body: body.get("max_tokens") == 0, _routed, "mixtral.routing"),
     Rule(_form, _forced, "tool_choice"),
     Rule(_continued, _forced, "tool_choice"),
+    Rule(_continued, _form, "response_format"),
     Rule(lambda body: body.get("echo"), lambda body: body.get("stream"), "echo"),
 )
 

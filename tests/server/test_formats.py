@@ -107,6 +107,16 @@ def test_a_continued_message_does_not_become_a_call(chat: Chat, engine: FakeEngi
     assert engine.submits[-1].constraint == Constraint(trigger=TRIGGER, continues=True)
 
 
+@pytest.mark.parametrize("each", FORMATS, ids=lambda value: value["type"])
+def test_a_continued_message_has_no_format(chat: Chat, engine: FakeEngine, each: dict[str, Any]) -> None:
+    """The format would be that of what is added, and the message would be of none."""
+    prefix = [*MESSAGES, {"role": "assistant", "content": "{", "prefix": True}]
+    response = chat(messages=prefix, response_format=each)
+    check_error(response, 400, "unsupported_combination", "response_format")
+    assert engine.opened == 0
+    assert chat(messages=prefix, response_format={"type": "text"}).status_code == 200
+
+
 @pytest.mark.parametrize(
     "code", ["schema_invalid", "schema_unsupported", "regex_invalid", "grammar_invalid", "grammar_too_complex"]
 )

@@ -68,6 +68,31 @@ def test_escape_stops_and_a_stopped_answer_can_go_on(user: PageUser, page_server
     assert user.answers == [f"{begun} and omega"]
 
 
+def test_only_a_text_goes_on_and_as_text(user: PageUser, page_server: PageServer) -> None:
+    page_server.replies = [Reply('{"a": 1', finish="length"), Reply("Once upon", finish="length"), Reply(" a time.")]
+    user.open_settings("Answer format")
+    user.choose("format", "Any JSON object")
+    user.ask("As JSON")
+    assert "length" in user.one(".numbers").text
+    assert "Continue" not in user.texts(".actions button")
+    user.open_settings("Answer format")
+    user.choose("format", "Free text")
+    user.ask("As text")
+    user.open_settings("Answer format", "Functions")
+    user.choose("format", "Any JSON object")
+    user.click("Add an example")
+    user.press(Keys.ESCAPE)
+    user.click("Continue")
+    user.wait(lambda: len(page_server.bodies) == 3)
+    user.wait_idle()
+    assert user.answers[-1] == "Once upon a time."
+    body = page_server.bodies[2]
+    assert body["messages"][-1]["prefix"] is True
+    assert not {"response_format", "tools", "tool_choice"} & set(body)
+    user.ask("And now")
+    assert {"response_format", "tools", "tool_choice"} <= set(page_server.bodies[3])
+
+
 def test_regenerate_edit_delete_and_undo(user: PageUser, page_server: PageServer) -> None:
     page_server.replies = [Reply("First."), Reply("Second."), Reply("Third."), Reply("Fourth.")]
     user.ask("One")

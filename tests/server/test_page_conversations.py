@@ -117,6 +117,26 @@ def test_export_and_import(
     user.wait(lambda: listed(user) == ["How?", "How?"])  # a second copy beside the first
 
 
+def test_answers_without_experts_are_exported_and_imported(
+    user: PageUser, page_server: PageServer, download: Callable[[Callable[[], None]], tuple[str, str]], tmp_path: Path
+) -> None:
+    """One that failed before it had any, and one of a server that refuses them."""
+    page_server.replies = [Reply(status=500), Reply("One.")]
+    user.ask("Fails")
+    page_server.refuses = {"mixtral"}
+    user.ask("Refused")
+    _, text = download(lambda: menu(user, "Export as JSON"))
+    [conversation] = json.loads(text)["conversations"]
+    assert [message.get("experts", "") for message in conversation["messages"]] == ["", None, "", None]
+    file = tmp_path / "in.json"
+    file.write_text(text, encoding="utf-8")
+    user.run("localStorage.clear()")
+    user.load()
+    user.id("import-file").send_keys(str(file))
+    user.wait_status("1 conversation imported")
+    assert user.answers[-1] == "One."
+
+
 HEAD = '{"format": "mixtral-chat", "version": 1, "conversations": ['
 WRONG = {
     "no": "Not imported: The file is not JSON",

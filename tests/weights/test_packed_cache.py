@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -38,6 +39,7 @@ CONFIG = MixtralConfig(
 )
 IDS = list(range(3, 60))
 MINUTE = 60 * 10**9
+COMPARED = "these files are new to it; they are compared with those that it was made from"
 
 
 def create(target: Path, form: str = "q4_k_m", seed: int = 0) -> Path:
@@ -59,6 +61,11 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "caches" / "packed"
+
+
+def files(cache: Path) -> list[Path]:
+    """Of packed weights."""
+    return sorted(cache.glob("*.safetensors"))
 
 
 def logits(path: Path, cache: Path | None = None) -> torch.Tensor:
@@ -84,13 +91,13 @@ def test_the_same_logits_with_and_without(
     expected = logits(path)
     assert told(caplog) == []
     assert torch.equal(logits(path, cache), expected)
-    (file,) = cache.iterdir()
+    (file,) = files(cache)
     (written,) = told(caplog)
     assert written.startswith(f"{file} written, ")
     for _ in range(2):
         assert torch.equal(logits(path, cache), expected)
         assert told(caplog) == [f"{file} is used"]
-    assert list(cache.iterdir()) == [file]
+    assert sorted(cache.iterdir()) == [file.with_suffix(".known"), file]
 
 
 def test_what_is_in_the_cache_is_not_read_again(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,18 +115,18 @@ def test_a_copy_elsewhere_uses_the_same_file(
     model: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = logits(model, cache)
-    (file,) = cache.iterdir()
+    (file,) = files(cache)
     copy = tmp_path / "elsewhere" / "other name.gguf"
     copy.parent.mkdir()
     shutil.copyfile(model, copy)
-    os.utime(copy, ns=(0, file.stat().st_mtime_ns + MINUTE))
-    told(caplog)
-    assert torch.equal(logits(copy, cache), expected)
-    younger = "the weights are younger; they are compared with those that it was made from"
-    assert told(caplog) == [younger, f"{file} is used"]
-    os.utime(copy, ns=(0, file.stat().st_mtime_ns - 1))
-    assert torch.equal(logits(copy, cache), expected)
-    assert told(caplog) == [f"{file} is used"]  # the time of the comparison was noted
+    for _ in range(2):
+        told(caplog)
+        assert torch.equal(logits(copy, cache), expected)
+        assert told(caplog) == [COMPARED, f"{file} is used"]
+        assert torch.equal(logits(copy, cache), expected)
+        assert torch.equal(logits(model, cache), expected)
+        assert told(caplog) == [f"{file} is used"] * 2  # both are known
+        shutil.copyfile(model, copy)  # the same bytes once more, but who knows
 
 
 def test_other_weights_have_another_file(model: Path, cache: Path, tmp_path: Path) -> None:
@@ -127,7 +134,7 @@ def test_other_weights_have_another_file(model: Path, cache: Path, tmp_path: Pat
     expected = logits(other)
     logits(model, cache)
     assert torch.equal(logits(other, cache), expected)
-    assert len(list(cache.iterdir())) == 2
+    assert len(files(cache)) == 2
 
 
 def _change(path: Path, place: int) -> None:
@@ -136,20 +143,68 @@ def _change(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
+def _unsampled(path: Path) -> int:
+    """A place in a model where a block begins, and of which the key takes no sample."""
+    entry = next(e for e in packed_cache._stored(_entries(path)) if "ffn_gate_exps" in e.name)
+    return entry.start + 40 * 144
+
+
 def test_a_changed_byte_anywhere_is_seen(model: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Also where no sample is taken: files that are younger are compared as a whole."""
+    """Also where no sample is taken, and where the file keeps its time."""
     logits(model, cache)
-    (file,) = cache.iterdir()
-    entry = next(e for e in packed_cache._stored(_entries(model)) if "ffn_gate_exps" in e.name)
-    _change(model, entry.start + 5000)
-    os.utime(model, ns=(0, file.stat().st_mtime_ns + MINUTE))
+    (file,) = files(cache)
+    state = model.stat()
+    _change(model, _unsampled(model))
+    os.utime(model, ns=(state.st_atime_ns, state.st_mtime_ns))
     expected = logits(model)
     told(caplog)
     assert torch.equal(logits(model, cache), expected)
     messages = told(caplog)
-    assert messages[1] == f"{file.name}: made from weights that have changed; the weights are packed anew"
+    assert messages[:2] == [COMPARED, f"{file.name}: made from other weights; the weights are packed anew"]
     assert messages[2].startswith(f"{file} written")
-    assert list(cache.iterdir()) == [file]
+    assert sorted(cache.iterdir()) == [file.with_suffix(".known"), file]
+
+
+def test_another_model_older_than_the_cache(model: Path, cache: Path, tmp_path: Path) -> None:
+    """Two models that differ only where no sample is taken, both older than the cache of the first, in turns."""
+    other, place = tmp_path / "other.gguf", _unsampled(model)
+    data = bytearray(model.read_bytes())
+    data[place : place + 28_800] = data[place + 28_800 : place + 57_600]
+    other.write_bytes(data)
+    for path in (model, other):
+        os.utime(path, ns=(0, time.time_ns() - 60 * MINUTE))
+    expected = {path: logits(path) for path in (model, other)}
+    assert not torch.equal(expected[model], expected[other])
+    for path in (model, other, other, model):
+        assert torch.equal(logits(path, cache), expected[path])
+    assert len(files(cache)) == 1
+
+
+def _of_others(known: Path) -> None:
+    told = json.loads(known.read_text())
+    known.write_text(json.dumps(told | {"sha256": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        Path.unlink,
+        lambda known: known.write_text("{"),
+        lambda known: known.write_text("[]"),
+        lambda known: known.write_text('{"sha256": 1}'),
+        _of_others,
+    ],
+)
+def test_a_list_of_known_files_that_says_nothing(
+    spoil: Callable[[Path], object], model: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = logits(model, cache)
+    (file,) = files(cache)
+    spoil(file.with_suffix(".known"))
+    for lines in ([COMPARED, f"{file} is used"], [f"{file} is used"]):
+        told(caplog)
+        assert torch.equal(logits(model, cache), expected)
+        assert told(caplog) == lines
 
 
 def _entries(path: Path) -> Any:
@@ -168,7 +223,7 @@ def test_the_way_to_read_the_files_counts(cache: Path, tmp_path: Path) -> None:
     expected = logits(folder)
     assert not torch.equal(expected, first)
     assert torch.equal(logits(folder, cache), expected)
-    assert len(list(cache.iterdir())) == 2
+    assert len(files(cache)) == 2
 
 
 @pytest.mark.parametrize("form", ["gptq 4", "gptq 3, zeros", "awq", "ct 5", "ct int8, zeros"])
@@ -192,7 +247,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_file_is_made_anew(case: str, model: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = logits(model, cache)
-    (file,) = cache.iterdir()
+    (file,) = files(cache)
     good = file.read_bytes()
     damage, reason = DAMAGE[case]
     damage(file)
@@ -212,9 +267,9 @@ def test_a_file_of_another_model_under_the_name(
 ) -> None:
     other = older(create(tmp_path / "other.gguf", seed=1))
     expected = logits(model, cache)
-    (file,) = cache.iterdir()
+    (file,) = files(cache)
     logits(other, tmp_path / "second")
-    shutil.copy(next((tmp_path / "second").iterdir()), file)
+    shutil.copy(files(tmp_path / "second")[0], file)
     told(caplog)
     assert torch.equal(logits(model, cache), expected)
     assert told(caplog)[0] == f"{file.name}: made from other weights; the weights are packed anew"
@@ -242,13 +297,35 @@ def test_weights_that_change_while_they_are_read(model: Path, cache: Path, monke
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("name", ["_sha256", "_stat"])
+def test_weights_that_cannot_be_read_again(
+    name: str, model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model is loaded already: it is used without a cache."""
+    expected = logits(model)
+    owner = packed_cache if name == "_sha256" else packed_cache.PackedCache
+    real, calls = getattr(owner, name), []
+
+    def failing(given: Any) -> Any:
+        calls.append(name)
+        if len(calls) > (name == "_stat"):  # states are read once before the weights
+            raise OSError(5, "Input/output error")
+        return real(given)
+
+    monkeypatch.setattr(owner, name, failing)
+    with pytest.warns(UserWarning, match=r"cannot be written \(Input/output error\); it goes on without"):
+        found = logits(model, cache)
+    assert torch.equal(found, expected)
+    assert not cache.exists()
+
+
 def test_files_with_a_time_to_come(model: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of a clock that is ahead of ours: they are as good as others."""
     os.utime(model, ns=(0, 10 * MINUTE + time.time_ns()))
     expected = logits(model, cache)
     told(caplog)
     assert torch.equal(logits(model, cache), expected)
-    assert told(caplog) == [f"{next(cache.iterdir())} is used"]
+    assert told(caplog) == [f"{files(cache)[0]} is used"]
 
 
 def test_nothing_to_pack(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,7 @@ from mixtral.tokenizer import Tokenizer
 from mixtral.tokenizer.turns import read_tools
 from mixtral.wire import Constraint
 
-__all__ = ["Form", "Grammar", "constraint", "read_form", "read_response_format"]
+__all__ = ["Form", "Grammar", "check_continued", "constraint", "read_form", "read_response_format"]
 
 _TOOL_BYTES = int(PARTS["tools (bytes as JSON)"].high or 0)
 _CALLS = "[TOOL_CALLS]"
@@ -152,6 +152,16 @@ def _choice(value: Any, tools: Sequence[Mapping[str, Any]]) -> tuple[str, str | 
     return "named", name
 
 
+def check_continued(form: Form) -> None:
+    """Refuse, by an ApiError, what a message that is continued cannot be."""
+    if form.choice in ("required", "named"):
+        raise combination("tool_choice", "a message that is continued cannot become a function call")
+    if form.text is not None:
+        raise combination(
+            "response_format", "a message that is continued has no response_format: its beginning would not count"
+        )
+
+
 def constraint(
     form: Form, tokenizer: Tokenizer, grammar: Grammar | None, *, continues: bool
 ) -> tuple[Constraint | None, list[Source]]:
@@ -163,8 +173,6 @@ def constraint(
     Raises:
         ApiError, MixtralError: the form cannot be kept, or the Grammar refuses a schema, regex or grammar.
     """
-    if continues and form.choice in ("required", "named"):
-        raise combination("tool_choice", "a message that is continued cannot become a function call")
     if grammar is None:
         _refuse_promises(form)
         return None, []

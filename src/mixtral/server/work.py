@@ -17,7 +17,7 @@ from mixtral.server.answer import Answer, Calls, Piece, echo, joined
 from mixtral.server.engine import Engine, Facts
 from mixtral.server.errors import ApiError
 from mixtral.server.fields import combination
-from mixtral.server.formats import Grammar, constraint
+from mixtral.server.formats import Grammar, check_continued, constraint
 from mixtral.server.protocol import ChatRequest, CompletionRequest, Options
 from mixtral.server.replies import ChatReply, CompletionReply, Reply, usage
 from mixtral.server.routing import Collected, Telemetry
@@ -108,6 +108,8 @@ def prepare_chat(facts: Facts, request: ChatRequest, grammar: Grammar | None, ho
     room = min(facts.context, facts.cache_tokens) - len(ids)
     params = _params(facts, options, [ids], min(max(room, 1), _CHAT_TOKENS), "messages")
     continues = request.messages[-1]["role"] == "assistant"
+    if continues:
+        check_continued(form)
     limits, sources = constraint(form, tokenizer, grammar, continues=continues)
     return Prepared(
         chat=True,

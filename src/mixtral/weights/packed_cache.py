@@ -1,17 +1,18 @@
 """The packed weights of a checkpoint in a folder of caches: found by what the checkpoint holds, made when missing.
 
 The name of a file comes from a key of the checkpoint: sizes and headers of its files, some 4 KB of every tensor (both
-ends and one for every 8 MB), and how the config says they are to be read. Paths and names of files do not count. The
-time of a cache file says up to when the checkpoint is known to be unchanged; files that are younger, as copies are, are
-compared as a whole (sha256) with those that the cache was made from.
+ends and one for every 8 MB), and how the config says they are to be read. Paths and names of files do not count, and
+what the samples miss does not either, so the files are compared as a whole (sha256) with those that the cache was made
+from. Files that were compared before are known by inode, size and times: a list of them is kept beside the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-import time
+import threading
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
@@ -29,6 +30,7 @@ from mixtral.weights.names import Piece
 __all__ = ["PackedCache"]
 
 _log = logging.getLogger("mixtral")
+_KNOWN = 100  # copies of one checkpoint that are remembered
 
 
 class PackedCache:
@@ -46,10 +48,9 @@ class PackedCache:
         entries = list(_stored(found.entries.values()))
         self._files = sorted({entry.shard for entry in entries})
         self._states = self._stat()
-        # Until now they are unchanged, whatever comes later. A clock of another machine may be ahead of ours.
-        self._moment_ns = max(time.time_ns(), *(state[-1] for state in self._states))
         self._key = _key_of(found, entries, self._files)
         self.path = folder / f"panels-{self._key[:32]}.safetensors"
+        self._known_path = self.path.with_suffix(".known")
         self._kept: dict[str, Panels] = {}
         self._file = self._open()
 
@@ -83,14 +84,15 @@ class PackedCache:
         if not self._kept:
             _log.info("packed cache: nothing in this model is packed, so none is written")
             return
-        sha256 = _sha256(self._files)
-        if self._stat() != self._states:
-            warnings.warn("packed cache: the weights were changed while they were read; none is written", stacklevel=2)
-            return
         try:
+            sha256 = _sha256(self._files)
+            if self._stat() != self._states:
+                changed = "packed cache: the weights were changed while they were read; none is written"
+                warnings.warn(changed, stacklevel=2)
+                return
             written = write_panels(self.path, self._kept, source=self._key, sha256=sha256)
             if written:
-                self._date()
+                self._note([], sha256)
         except OSError as error:
             told = error.strerror or error
             warnings.warn(f"packed cache: {self.path} cannot be written ({told}); it goes on without", stacklevel=2)
@@ -114,22 +116,40 @@ class PackedCache:
         return file
 
     def _compare(self, file: PanelFile) -> None:
-        """Files that may have changed after the cache was made must be those that it was made from, byte for byte."""
-        if all(state[-1] <= self.path.stat().st_mtime_ns for state in self._states):
+        """The weights must be those that the file was made from, byte for byte."""
+        known = self._known(file.sha256)
+        if self._states in known:
             return
-        _log.info("packed cache: the weights are younger; they are compared with those that it was made from")
+        _log.info("packed cache: these files are new to it; they are compared with those that it was made from")
         if _sha256(self._files) != file.sha256 or self._stat() != self._states:
-            raise CheckpointError(f"{self.path.name}: made from weights that have changed")
-        with suppress(OSError):  # a folder that only others may write to: compared again the next time
-            self._date()
+            raise CheckpointError(f"{self.path.name}: made from other weights")
+        self._note(known, file.sha256)
 
-    def _date(self) -> None:
-        os.utime(self.path, ns=(self._moment_ns, self._moment_ns))
+    def _known(self, sha256: str) -> list[list[list[int]]]:
+        """The states of checkpoints whose files are known to have this sha256; none if the list cannot be read."""
+        try:
+            told = json.loads(self._known_path.read_text(encoding="utf-8"))
+            # Another process may have written another cache meanwhile.
+            return list(told["states"]) if told["sha256"] == sha256 else []
+        except (OSError, ValueError, TypeError, KeyError):
+            return []
 
-    def _stat(self) -> list[tuple[int, ...]]:
-        """What changes when a file does, the time of its contents last."""
+    def _note(self, known: list[list[list[int]]], sha256: str) -> None:
+        """The present files are known too. In a folder that only others may write to they are compared again."""
+        text = json.dumps({"sha256": sha256, "states": [*known, self._states][-_KNOWN:]})
+        partial = self.path.parent / f".{self._known_path.name}.{os.getpid()}.{threading.get_ident()}"
+        with suppress(OSError):
+            try:
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, self._known_path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _stat(self) -> list[list[int]]:
+        """Which files they are, and what changes when one does. Nobody can set the ctime, not even a copy that keeps
+        times."""
         found = [path.stat() for path in self._files]
-        return [(one.st_dev, one.st_ino, one.st_size, one.st_ctime_ns, one.st_mtime_ns) for one in found]
+        return [[one.st_dev, one.st_ino, one.st_size, one.st_ctime_ns, one.st_mtime_ns] for one in found]
 
 
 def _name(piece: Piece) -> str:

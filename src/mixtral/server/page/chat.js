@@ -102,6 +102,7 @@ export class Run {
       if (!wanted || !refused) throw error;
       if (["unknown_parameter", "unsupported_parameter"].includes(error.code)) server.experts = false;
       this.onStatus(`Experts are not shown: ${error.message}`);
+      if (message.experts.empty) message.experts = null; // an answer that goes on keeps those that it has
       return await send(false);
     }
   }

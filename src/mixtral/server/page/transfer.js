@@ -11,7 +11,7 @@ export function toJson(conversations) {
   const listed = conversations.map((conversation) => ({
     ...conversation,
     messages: conversation.messages.map((message) =>
-      message.experts ? { ...message, experts: message.experts.data() } : message,
+      message.experts ? { ...message, experts: message.experts.empty ? null : message.experts.data() } : message,
     ),
   }));
   return JSON.stringify({ format: FORMAT, version: VERSION, conversations: listed }, null, 1);
