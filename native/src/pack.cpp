@@ -189,6 +189,16 @@ INLINE void put_scales(Kind kind, const Column* w, uint8_t* run) {
   kind == Kind::q2_k ? put_halves(w[4], run + 256) : put_half(w[4], run + 256);
 }
 
+// Whether the halves that scale a block are finite: of 16 rows, among the words of `take_scales`, where an upper half of
+// no meaning is 0.
+INLINE bool finite_scales(Kind kind, const Column* w) {
+  const Column& halves = w[kind == Kind::q4_k || kind == Kind::q5_k ? 0 : 4];
+  const Halves exponent = (Halves)(Words{} + 0x7C007C00);
+  Longs damaged = {};
+  for (int part = 0; part < kParts; ++part) damaged |= (Longs)(((Halves)halves[part] & exponent) == exponent);
+  return (damaged[0] | damaged[1]) == 0;
+}
+
 // Rows beyond the last one: what makes quants and scales of zero.
 template <Kind K>
 struct Nothing {
@@ -214,12 +224,14 @@ struct Rows {
   }
 };
 
+// False if a scale is not finite.
 template <Kind K>
-void pack_panel(const Panels& shape, const uint8_t* blocks, uint8_t* out, int64_t panel) {
+bool pack_panel(const Panels& shape, const uint8_t* blocks, uint8_t* out, int64_t panel) {
   const Nothing<K> nothing;
   const int64_t per_row = shape.columns / kBlock;
   Rows rows(shape, blocks, panel, per_row * block_bytes_of(K), nothing.block);
   uint8_t* quants = out + panel * shape.panel_bytes();
+  bool finite = true;
   for (int64_t b = 0; b < per_row; ++b, quants += shape.stride(), rows.advance(block_bytes_of(K))) {
     Column scales[5];
     for (int part = 0; part < kParts; ++part) {
@@ -233,10 +245,12 @@ void pack_panel(const Panels& shape, const uint8_t* blocks, uint8_t* out, int64_
       }
       take_scales(K, four, rows.there[part], part, scales);
     }
+    finite &= finite_scales(K, scales);
     uint8_t* run = quants + shape.scales_at(b);
     put_scales(K, scales, run);
     std::memset(run + scale_bytes_of(K), 0, static_cast<size_t>(shape.stride() - shape.scales_at(b) - scale_bytes_of(K)));
   }
+  return finite;
 }
 
 // --- groups ----------------------------------------------------------------------------------------------------------
@@ -362,12 +376,14 @@ bool pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int t
   std::atomic<bool> finite{true};
   with_kind(shape.kind, [&](auto kind) {
     parallel(shape.count(), threads, [&](int64_t panel) {
+      bool good;
       if constexpr (kind.value < Kind::g4) {
-        pack_panel<kind.value>(shape, blocks, out, panel);
+        good = pack_panel<kind.value>(shape, blocks, out, panel);
       } else {
-        if (!pack_block_groups<kind.value>(shape, blocks, out, panel)) finite.store(false, std::memory_order_relaxed);
+        good = pack_block_groups<kind.value>(shape, blocks, out, panel);
         clear_rest(shape, out + panel * shape.panel_bytes());
       }
+      if (!good) finite.store(false, std::memory_order_relaxed);
     });
   });
   return finite.load();

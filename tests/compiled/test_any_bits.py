@@ -47,11 +47,14 @@ def assert_same(found: Tensor, expected: Tensor, label: object = "") -> None:
 
 
 def random_weights(name: str, rows: int, columns: int) -> Packed:
-    """A matrix of random bytes in a format of files. Scales of K-quants may be infinite, or no numbers."""
+    """A matrix of random bytes in a format of files, but for scales that are no numbers: they are refused."""
     rng = np.random.default_rng(7)
     if name.endswith("K"):
         size = FORMATS[name].size_bytes((columns,))
-        return Blocks(name, torch.from_numpy(rng.integers(0, 256, (rows, size), dtype=np.uint8)))
+        data = rng.integers(0, 256, (rows, size), dtype=np.uint8)
+        for at in FORMATS[name].halves:
+            data.reshape(rows, -1, FORMATS[name].bytes)[..., at + 1] &= 0xBF
+        return Blocks(name, torch.from_numpy(data))
     bits, group = int(name[3]), int(name.split("_G")[1])
     codes = torch.from_numpy(rng.integers(0, 256, (rows, columns * bits // 8), dtype=np.uint8))
     finite = rng.integers(0, 1 << 16, (rows, columns // group), dtype=np.uint16) & np.uint16(0xBFFF)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mixtral.errors import CheckpointError, ConfigError
 from mixtral.quant import decode as decode_module
-from mixtral.quant.decode import decode, decode_into
+from mixtral.quant.decode import all_finite, decode, decode_into
 from mixtral.quant.formats import FORMATS
 
 NAMES = tuple(FORMATS)
@@ -269,3 +269,21 @@ def test_an_accelerator_gives_the_same_bits() -> None:
         across = torch.empty(expected.shape, device=device)
         decode_into(tensor(data), name, across)
         assert same_bits(across.cpu(), expected), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_numbers_are_known_by_their_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, and a row that is not finite among 40 that are, in pieces and at once."""
+    rows = random_bytes(name, 400, 1 if FORMATS[name].values > 1 else 8)
+    good = np.isfinite(by_gguf(rows, name)).all(axis=1)
+    assert good.any()
+    assert [all_finite(tensor(row[None]), name) for row in rows] == good.tolist()
+    if good.all():
+        assert name == "MXFP4"  # whose scales are all numbers
+        return
+    mixed = np.concatenate([rows[good][:30], rows[~good][:1], rows[good][:10]])
+    for values in (256, 512, decode_module.CHUNK_VALUES):
+        monkeypatch.setattr(decode_module, "CHUNK_VALUES", values)
+        assert not all_finite(tensor(mixed), name)
+        assert all_finite(tensor(rows[good]), name)
+    assert all_finite(tensor(rows[:0]), name)

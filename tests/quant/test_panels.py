@@ -28,6 +28,7 @@ from mixtral.quant.rtn import IntForm, encode_groups
 
 K_QUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 FORMATS = [*K_QUANTS, "Q4_0", "Q8_0", "INT4_G64", "INT4_G128_ZEROS", "INT3_G32", "INT8_G512", "INT8_G32"]
+SCALES = {name: FORMATS_OF_FILES[name].halves for name in [*K_QUANTS, "Q4_0", "Q8_0"]}  # where they are in a block
 COUNTS = [*range(1, 10), 15, 16, 17, 31, 32, 33, 64, 129, 500]
 
 
@@ -118,8 +119,8 @@ def test_blocks_of_any_bits(name: str, rows: int) -> None:
     """Every bit of a block has its place; what is beyond the last row is zero."""
     kind = FORMATS_OF_FILES[name]
     data = np.random.default_rng(rows).integers(0, 256, (rows, 512 // kind.values * kind.bytes), dtype=np.uint8)
-    if not name.endswith("K"):
-        data.reshape(rows, -1, kind.bytes)[..., 1] &= 0x7B  # a scale is finite
+    for at in SCALES[name]:
+        data.reshape(rows, -1, kind.bytes)[..., at + 1] &= 0x7B  # a scale is finite
     source = Blocks(name, torch.from_numpy(data))
     found = panels(source)
     back = found.unpacked()
@@ -131,12 +132,13 @@ def test_blocks_of_any_bits(name: str, rows: int) -> None:
         assert torch.equal(found.data, padded)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name in SCALES for at in SCALES[name]])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
-def test_a_scale_that_is_no_number(name: str, scale: float) -> None:
+@pytest.mark.parametrize("row", [0, 31, 49])
+def test_a_scale_that_is_no_number(name: str, at: int, scale: float, row: int) -> None:
     source = cast(Blocks, packed(name))
     size = FORMATS_OF_FILES[name].bytes
-    source.data[49].view(-1, size)[3, :2] = torch.tensor([scale]).half().view(torch.uint8)
+    source.data[row].view(-1, size)[1, at : at + 2] = torch.tensor([scale]).half().view(torch.uint8)
     with pytest.raises(CheckpointError, match="a scale is not finite; the weights are damaged"):
         to_panels(source)
 

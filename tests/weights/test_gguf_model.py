@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError, ConfigError, MixtralError
 from mixtral.model.mixtral import Mixtral
+from mixtral.quant.encode import encode_rows
+from mixtral.quant.formats import FORMATS
 from mixtral.quant.modules import PackedExperts
+from mixtral.weights.checkpoint import open_checkpoint
 from mixtral.weights.convert import convert
 from mixtral.weights.load import load_model
 
@@ -116,7 +119,11 @@ def write(
             (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     for name, values in found.items():
         kind = gguf.GGMLQuantizationType[type_of(name)]
-        data = gguf.quants.quantize(np.ascontiguousarray(values), kind)
+        if type_of(name).endswith("_K"):  # which the package only reads
+            rows = torch.from_numpy(np.ascontiguousarray(values)).flatten(0, -2)
+            data = encode_rows(rows, type_of(name)).numpy().reshape(*values.shape[:-1], -1)
+        else:
+            data = gguf.quants.quantize(np.ascontiguousarray(values), kind)
         plain = kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
         writer.add_tensor(name, data, raw_dtype=None if plain else kind)
     writer.write_header_to_file()
@@ -178,6 +185,31 @@ def test_quantised_experts_stay_packed_in_memory(model: Mixtral, tmp_path: Path)
     assert {matrix.label for three in experts.matrices() for matrix in three} == {"Q8_0"}
     decoded = load_model(path, device="cpu", decode=True)
     assert decoded.get_parameter("model.layers.0.mlp.experts.down_proj").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "form", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16"]
+)
+@pytest.mark.parametrize("how", [{}, {"reference": True}, {"decode": True}], ids=["compiled", "reference", "decoded"])
+@pytest.mark.parametrize("name", ["blk.1.ffn_down_exps.weight", "blk.0.attn_k.weight", "token_embd.weight"])
+def test_a_scale_that_is_no_number_is_refused(
+    form: str, how: dict[str, bool], name: str, model: Mixtral, tmp_path: Path
+) -> None:
+    """In the last block of each matrix of experts, attention and embedding; as NaN and as infinity."""
+
+    path = write(tmp_path / "m.gguf", tensors(model, "gguf"), lambda n: "F32" if "norm" in n or "inp" in n else form)
+    load_model(path, device="cpu", **how)
+    entry = open_checkpoint(path).entries[name]
+    at = FORMATS[form].halves or (0,)
+    for offset in at:
+        for number in (b"\x00\x7e", b"\x00\xfc") if form != "BF16" else (b"\xc0\x7f", b"\x80\xff"):
+            content = bytearray(path.read_bytes())
+            place = entry.stop - FORMATS[form].bytes + offset
+            content[place : place + 2] = number
+            damaged = tmp_path / "damaged.gguf"
+            damaged.write_bytes(content)
+            with pytest.raises(CheckpointError, match=f"^'{name}' holds NaN or infinities"):
+                load_model(damaged, device="cpu", **how)
 
 
 def test_parts(model: Mixtral, tmp_path: Path) -> None:

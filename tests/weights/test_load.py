@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -223,3 +225,52 @@ def test_memory_is_that_of_the_model(layout: Layout, small: MixtralConfig, tmp_p
     assert int(extra) < 1.1 * size + 60e6
     # The first computation on a meta tensor imports sympy, and takes longer than loading a small model.
     assert imported == "False"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", [W1, ROUTER, "model.norm.weight"])
+def test_a_number_that_is_none_is_refused(
+    layout: Layout, dtype: torch.dtype, number: float, name: str, make: Make, tmp_path: Path
+) -> None:
+    save_model(make(dtype), tmp_path, layout=layout)
+    tensors = load_file(tmp_path / SINGLE_NAME)
+    if layout == "fused":
+        theirs = {W1: "model.layers.1.mlp.experts.gate_up_proj", ROUTER: "model.layers.1.mlp.gate.weight"}
+        name = theirs.get(name, name)
+    tensors[name].view(-1)[-3] = number
+    save_file(tensors, tmp_path / SINGLE_NAME)
+    for wanted in (None, torch.float32):
+        with pytest.raises(CheckpointError, match=f"^'{re.escape(name)}' holds NaN or infinities; the weights are dam"):
+            load_model(tmp_path, device="cpu", dtype=wanted)
+
+
+def test_large_numbers_are_numbers(make: Make, tmp_path: Path) -> None:
+    """Their sum is not one: of float32 and bfloat16 beyond 3e38, of float16 beyond 65504."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = make(dtype)
+        with torch.no_grad():
+            model.get_parameter("model.embed_tokens.weight").fill_(torch.finfo(dtype).max)
+        save_model(model, tmp_path / str(dtype))
+        found = load_model(tmp_path / str(dtype), device="cpu").get_parameter("model.embed_tokens.weight")
+        assert torch.equal(found, model.get_parameter("model.embed_tokens.weight"))
+
+
+def test_sums_beside_the_weights_are_compared(make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_model(make(torch.float32), tmp_path, shard_size_bytes=30_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files[1:]]
+    (tmp_path / "SHA256SUMS").write_text("".join(lines) + f"{'0' * 64}  of-something-else.bin\n")
+    with caplog.at_level("INFO", logger="mixtral"):
+        load_model(tmp_path, device="cpu")
+    assert f"sha256 of {len(files) - 1} files are those of SHA256SUMS" in caplog.text
+    content = bytearray(files[1].read_bytes())
+    content[-7] ^= 1
+    files[1].write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(files[1].name)}: sha256 is [0-9a-f]*, not the expected"):
+        load_model(tmp_path, device="cpu")
+    (tmp_path / "SHA256SUMS").write_text("nonsense\n")
+    with pytest.raises(CheckpointError, match="line 1 is 'nonsense'"):
+        load_model(tmp_path, device="cpu")

@@ -73,7 +73,7 @@ struct Panels {
 };
 
 // GGML rows into panels: Q2_K to Q6_K, and Q4_0 and Q8_0 as g4 and g8 with groups of 32. `blocks` is [rows, bytes of a
-// row]. False if a scale of Q4_0 or Q8_0 is not finite.
+// row]. False if a scale is not finite.
 bool pack_blocks(const Panels& shape, const uint8_t* blocks, uint8_t* out, int threads);
 // The inverse, for q2_k to q6_k.
 void unpack_blocks(const Panels& panels, uint8_t* blocks, int threads);

@@ -21,12 +21,13 @@ from torch import Tensor
 from mixtral.errors import CheckpointError
 from mixtral.files.ahead import POPULATE_READ, ReadAhead
 from mixtral.ops.memory import empty
-from mixtral.quant.decode import decode_into
+from mixtral.quant.decode import all_finite, decode_into
 from mixtral.quant.formats import FORMATS
 
-__all__ = ["DTYPES", "Entry", "ShardReader"]
+__all__ = ["DTYPES", "Entry", "ShardReader", "damaged"]
 
 CHUNK_BYTES = 32 << 20
+_CHECKED = 1 << 19  # values, which stay in the cache between being copied and being checked
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
@@ -50,14 +51,21 @@ class Entry:
     stop: int
 
 
+def damaged(name: str) -> CheckpointError:
+    """What is said of a tensor with NaN or infinities."""
+    return CheckpointError(f"{name!r} holds NaN or infinities; the weights are damaged: `mixtral verify` says where")
+
+
 class ShardReader:
     """Copies values out of files whose headers have been checked. A context manager; not for several threads.
 
     With ``ahead`` what follows in a file is read while the present values are used: for readers that go through it.
+    With ``finite`` NaN and infinities are refused.
     """
 
-    def __init__(self, *, ahead: bool = False) -> None:
+    def __init__(self, *, ahead: bool = False, finite: bool = False) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
+        self.finite = finite
         self._ahead = ReadAhead() if ahead else None
 
     def __enter__(self) -> Self:
@@ -77,7 +85,8 @@ class ShardReader:
         Blocks of quantised formats are decoded; ``first`` and the size of ``target`` are then whole blocks.
 
         Raises:
-            CheckpointError: the file changed since its header was read, or a value does not fit into float16.
+            CheckpointError: the file changed since its header was read, a value does not fit into float16, or is
+                refused.
         """
         flat, dtype = target.view(-1), DTYPES.get(entry.dtype)
         values, size = (1, dtype.itemsize) if dtype else (FORMATS[entry.dtype].values, FORMATS[entry.dtype].bytes)
@@ -88,12 +97,25 @@ class ShardReader:
             with self._bytes(entry, start, count * size) as part:
                 into = flat[low * values : (low + count) * values]
                 if dtype is None:
+                    if self.finite and not all_finite(part.view(count, size), entry.dtype):
+                        raise damaged(entry.name)
                     decode_into(part.view(count, size), entry.dtype, into.view(count, values))
                 else:
                     # A header may have any length, so the values need not be aligned.
-                    into.copy_((part if start % size == 0 else part.clone()).view(dtype))
+                    self._copy(entry, (part if start % size == 0 else part.clone()).view(dtype), into)
         if dtype != torch.float16:
             self.check_finite(entry, target)
+
+    def _copy(self, entry: Entry, values: Tensor, target: Tensor) -> None:
+        if not self.finite or not values.is_floating_point():
+            target.copy_(values)
+            return
+        wide = torch.float32 if values.dtype == torch.float16 else None  # 65504 and 65504 would be infinite
+        for some, into in zip(torch.split(values, _CHECKED), torch.split(target, _CHECKED), strict=True):
+            into.copy_(some)
+            # A sum of numbers is a number, but for overflow: then they are looked at one by one.
+            if not bool(some.sum(dtype=wide).isfinite()) and not bool(some.isfinite().all()):
+                raise damaged(entry.name)
 
     def check_finite(self, entry: Entry, target: Tensor) -> None:
         """Refuse values of a tensor that were cast to float16 and did not fit.

@@ -13,7 +13,7 @@ from mixtral.quant.formats import FORMATS
 from mixtral.quant.kquants import K_DECODERS
 from mixtral.quant.rare import RARE_DECODERS
 
-__all__ = ["CHUNK_VALUES", "decode", "decode_into"]
+__all__ = ["CHUNK_VALUES", "all_finite", "decode", "decode_into"]
 
 # Values that are decoded at a time: 8 MB of float32 stay in the cache between the passes over them.
 CHUNK_VALUES = 1 << 21
@@ -75,6 +75,22 @@ def decode_into(data: Tensor, name: str, out: Tensor) -> None:
             part = scratch[: len(found)]
             decoder(found, part)
             place.copy_(part)
+
+
+def all_finite(data: Tensor, name: str) -> bool:
+    """Whether all values of uint8 [rows, row bytes] in a format are numbers; of most formats only the scales are read.
+
+    Raises:
+        ConfigError, CheckpointError: as ``decode``.
+    """
+    _checked_shape(data, name)
+    kind = FORMATS[name]
+    if kind.halves:
+        blocks = data.reshape(-1, kind.bytes)
+        # The byte with sign, exponent and two more bits of a half.
+        return not any(bool(((blocks[:, at + 1] & 0x7C) == 0x7C).any()) for at in kind.halves)
+    step = max(1, CHUNK_VALUES * kind.bytes // (kind.values * max(1, data.shape[-1])))
+    return all(bool(decode(part, name).isfinite().all()) for part in torch.split(data, step))
 
 
 def _checked_shape(data: Tensor, name: str) -> tuple[int, ...]:

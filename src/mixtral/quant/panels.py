@@ -102,7 +102,7 @@ def to_panels(packed: Packed) -> Panels | None:
 
     Raises:
         ConfigError: the compiled module is missing.
-        CheckpointError: a scale of Q4_0 or Q8_0 is not finite.
+        CheckpointError: a scale is not finite.
     """
     native = module()
     if isinstance(packed, Blocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from mixtral.errors import CheckpointError, ConfigError
-from mixtral.files.read import DTYPES
+from mixtral.files.read import DTYPES, damaged
 from mixtral.model.mixtral import Mixtral
 from mixtral.ops.memory import empty
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
@@ -20,8 +21,11 @@ from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 from mixtral.weights.names import EMBEDDING, Half, Piece, is_router
 from mixtral.weights.packed_cache import PackedCache
 from mixtral.weights.reader import MatrixReader
+from mixtral.weights.verify import SUMS, check_sums
 
 __all__ = ["checked_dtype", "dtype_of", "load_model", "place"]
+
+_log = logging.getLogger("mixtral")
 
 Pack = Callable[[Piece], Panels | None]
 
@@ -49,12 +53,13 @@ def load_model(
     kernels multiply with them; those without a kernel, or all if ``reference``, are decoded to ``dtype`` where they are
     used. ``decode`` decodes all of them now. ``dtype`` None keeps the file's own, and is bfloat16 where any matrix is
     quantised. ``packed_cache`` is a folder where the matrices of compiled kernels are kept as they lie in memory, to be
-    mapped the next time.
+    mapped the next time. Files that a list ``SHA256SUMS`` beside them names are compared with it first.
 
     Raises:
         ConfigError: the config is missing or wrong, ``dtype`` is not float32, float16 or bfloat16, or
             ``packed_cache`` is given where nothing is packed, or names a file.
-        CheckpointError: the files are missing or damaged, do not fit the config, or are pickled and not ``unpickle``.
+        CheckpointError: the files are missing or damaged (NaN and infinities count as damage), do not fit the config,
+            or are pickled and not ``unpickle``.
     """
     path = Path(path)
     if dtype is not None:
@@ -67,9 +72,11 @@ def load_model(
         )
     with unchanged(path):
         found = open_checkpoint(path, unpickle=unpickle)
+        if count := check_sums(found.files):
+            _log.info("sha256 of %d files are those of %s", count, SUMS)
         model = Mixtral(found.config, device="meta", dtype=dtype or _own_dtype(found))
         cache = None if packed_cache is None else PackedCache(Path(packed_cache), found)
-        with MatrixReader(ahead=cache is None or not cache.found) as reader, torch.no_grad():
+        with MatrixReader(ahead=cache is None or not cache.found, finite=True) as reader, torch.no_grad():
             pack = _packer(found, reader, cache) if compiled else None
             _fill(model, found, reader, torch.device(device), decode=decode, pack=pack)
     if cache is not None:
@@ -156,7 +163,10 @@ def _packer(found: Checkpoint, reader: MatrixReader, cache: PackedCache | None) 
         panels = None if cache is None else cache.take(piece)
         if panels is None:
             with reader.borrowed(found.entries[piece.name], piece) as packed:
-                panels = to_panels(packed)
+                try:
+                    panels = to_panels(packed)
+                except CheckpointError:
+                    raise damaged(piece.name) from None
             if cache is not None and panels is not None:
                 cache.keep(piece, panels)
         return panels

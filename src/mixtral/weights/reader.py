@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mixtral.files.read import Entry, ShardReader
+from mixtral.files.read import Entry, ShardReader, damaged
+from mixtral.quant.decode import all_finite
 from mixtral.quant.packed import Blocks, Packed
 from mixtral.weights.integer import CodedEntry, read_groups
 from mixtral.weights.names import Piece
@@ -41,15 +42,19 @@ class MatrixReader(ShardReader):
         """A piece, in our order, as it is stored; a matrix of floats becomes blocks of one value.
 
         Raises:
-            CheckpointError: the parts of an integer matrix do not fit together.
+            CheckpointError: the parts of an integer matrix do not fit together, or a scale is refused.
         """
         if isinstance(entry, CodedEntry):
             return read_groups(self, entry)
-        return _blocks(entry, piece, self.raw(entry, first=piece.first, count=math.prod(piece.shape)))
+        found = _blocks(entry, piece, self.raw(entry, first=piece.first, count=math.prod(piece.shape)))
+        if self.finite and not all_finite(found.data, found.label):
+            raise damaged(entry.name)
+        return found
 
     @contextmanager
     def borrowed(self, entry: Entry, piece: Piece) -> Iterator[Packed]:
-        """As ``packed``, but blocks may be memory of the file, which is theirs only inside this context."""
+        """As ``packed``, but blocks may be memory of the file, which is theirs only inside this context, and their
+        scales may be anything: who packs them in another way looks at them."""
         if isinstance(entry, CodedEntry):
             yield read_groups(self, entry)
             return
