@@ -18,7 +18,8 @@ def run(
     unpickle: Annotated[bool, typer.Option("--unpickle", help="Read .pth and .pt, from a source you trust.")] = False,
 ) -> None:
     """Read everything: headers, shapes, every value, every file. Prints lines as sha256sum does; exit code 2 if not."""
-    from mixtral.weights.verify import read_sums, verify
+    from mixtral.files.sums import read_sums
+    from mixtral.weights.verify import verify
 
     sums = None if against is None else read_sums(against)
     with output.progress("reading") as progress:

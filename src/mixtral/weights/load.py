@@ -12,6 +12,7 @@ from torch import nn
 
 from mixtral.errors import CheckpointError, ConfigError
 from mixtral.files.read import DTYPES, damaged
+from mixtral.files.sums import SUMS, check_sums
 from mixtral.model.mixtral import Mixtral
 from mixtral.ops.memory import empty
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
@@ -21,7 +22,6 @@ from mixtral.weights.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 from mixtral.weights.names import EMBEDDING, Half, Piece, is_router
 from mixtral.weights.packed_cache import PackedCache
 from mixtral.weights.reader import MatrixReader
-from mixtral.weights.verify import SUMS, check_sums
 
 __all__ = ["checked_dtype", "dtype_of", "load_model", "place"]
 
