@@ -467,12 +467,19 @@ function bindKeys() {
   });
 }
 
-/** What another window of this page changed. The conversation that is shown stays as it is while it is answered. */
+/**
+ * What another window of this page changed. Other conversations stay as they are, with experts and open editors; so
+ * does the one that is shown, while an answer is written.
+ */
 function onStorage({ key }) {
   if (!Store.isConversation(key)) return;
   const shown = current.id;
-  const kept = new Set([running?.conversation, running && current].filter(Boolean));
-  conversations = store.all().map((read) => [...kept].find(({ id }) => id === read.id) ?? read);
+  const mine = running ? [running.conversation, current] : [];
+  const isChanged = ({ id }) => Store.isOf(key, id);
+  const read = store.all().filter(isChanged);
+  conversations = conversations.filter((conversation) => !isChanged(conversation));
+  conversations.push(...read.map((changed) => mine.find(({ id }) => id === changed.id) ?? changed));
+  conversations.sort((one, other) => other.updated - one.updated);
   const again = conversations.find(({ id }) => id === shown);
   if (again && again !== current) {
     current = again;
