@@ -81,7 +81,7 @@ def all_refuse(kind: str, folder: Path, told: list[str], capsys: Capture) -> Non
         assert captured.err.count("\n") == 1, captured.err
         assert all(text in captured.err for text in told), captured.err
         assert len(captured.err) < 2_500
-        assert time.perf_counter() - start < 10
+        assert time.perf_counter() - start < 60
         assert not target.exists()
 
 

@@ -87,7 +87,7 @@ def test_old_versions_are_refused(place: tuple[str, int], version: ssl.TLSVersio
     context.minimum_version = context.maximum_version = version
     context.set_ciphers("ALL:@SECLEVEL=0")
     with (
-        socket.create_connection(place, timeout=10) as connection,
+        socket.create_connection(place, timeout=50) as connection,
         pytest.raises((ssl.SSLError, ConnectionResetError)),
     ):
         context.wrap_socket(connection)
@@ -99,10 +99,10 @@ def test_old_versions_are_refused(place: tuple[str, int], version: ssl.TLSVersio
 )
 def test_what_is_no_handshake_ends_soon(place: tuple[str, int], own: Identity, sent: bytes) -> None:
     began = time.monotonic()
-    with socket.create_connection(place, timeout=10) as connection:
+    with socket.create_connection(place, timeout=50) as connection:
         connection.sendall(sent)
         found = until_closed(connection)
-    assert time.monotonic() - began < 8  # asyncio's own limit is a minute
+    assert time.monotonic() - began < 40  # asyncio's own limit is a minute
     assert b"HTTP" not in found
     assert httpx.get(f"https://{place[0]}:{place[1]}/health", verify=own.context).status_code == 200
 

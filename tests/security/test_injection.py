@@ -41,7 +41,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[tuple[FakeEngine, httpx.C
     engine.context = 32_768
     with (
         listening(engine, ServerConfig(port=0), FakeGrammar()) as address,
-        httpx.Client(base_url=address, timeout=30) as client,
+        httpx.Client(base_url=address, timeout=60) as client,
     ):
         yield engine, client
 

@@ -54,6 +54,6 @@ def served(*options: str, python: Sequence[str] = (), environment: Mapping[str, 
             finally:
                 process.terminate()
                 try:
-                    process.wait(timeout=20)
+                    process.wait(timeout=60)
                 finally:
                     process.kill()

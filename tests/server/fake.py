@@ -39,7 +39,7 @@ class FakeEngine:
     """A source for ThreadEngine. ``reply`` is a text, ids, or a function of the prompt's ids giving either.
 
     ``delay_s`` passes before each token. After ``fails_after`` tokens it raises ``error``. ``opened`` and ``closed``
-    count streams. ``hold`` makes it wait before the first token.
+    count streams, ``begun`` those whose beginning was handed on. ``hold`` makes it wait before the first token.
     """
 
     def __init__(
@@ -66,8 +66,14 @@ class FakeEngine:
         self.prompts: list[list[int]] = []
         self.params: list[SamplingParams] = []
         self.submits: list[Submit] = []
-        self.opened = self.closed = self.tokens = 0
+        self.opened = self.begun = self.closed = self.tokens = 0
         self.hold: threading.Event | None = None
+        self.runner: ThreadEngine | None = None
+
+    @property
+    def held(self) -> int:
+        """Requests that the server of ``listening`` has handed over, running or waiting."""
+        return 0 if self.runner is None else self.runner.held
 
     def updates(self, submit: Submit) -> Iterator[Update]:
         self.opened += 1
@@ -76,7 +82,8 @@ class FakeEngine:
             self.prompts.extend(list(prompt) for prompt in submit.prompts)
             self.params.append(submit.params)
             yield Started(request=submit.request, cached=(self.cached,) * len(submit.prompts))
-            if self.hold is not None and not self.hold.wait(timeout=20):
+            self.begun += 1
+            if self.hold is not None and not self.hold.wait(timeout=60):
                 raise TimeoutError("nobody let the fake engine go on")
             if submit.params.prompt_logprobs is not None:
                 yield from self._scores(submit)
@@ -146,7 +153,7 @@ class FakeGrammar:
         self.fails = ""
         self.error: Exception = RequestError("no", param="response_format", code="schema_unsupported")
         self.tried: list[str] = []
-        self.trial_s = 0.0
+        self.hold: threading.Event | None = None  # trials wait for it
 
     def text_constraint(self, response_format: Mapping[str, Any]) -> Source:
         self._fail("text_constraint")
@@ -164,7 +171,8 @@ class FakeGrammar:
 
     def check(self, source: Source) -> None:
         self.tried.append(source.text)
-        time.sleep(self.trial_s)
+        if self.hold is not None and not self.hold.wait(timeout=60):
+            raise TimeoutError("nobody let the trials go on")
         self._fail("check")
 
     def _fail(self, method: str) -> None:
@@ -190,21 +198,22 @@ def listening(
         ready.set()
 
     config = config or ServerConfig(port=0, drain_s=1.0)
-    server = Server(ThreadEngine(engine, config), config, on_ready, grammar=grammar)
+    engine.runner = ThreadEngine(engine, config)
+    server = Server(engine.runner, config, on_ready, grammar=grammar)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        if not ready.wait(timeout=20):
+        if not ready.wait(timeout=60):
             raise TimeoutError("the server did not start")
         yield addresses[0]
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         if thread.is_alive():
             raise TimeoutError("the server did not stop")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Return as soon as ``condition`` holds; TimeoutError if it never does."""
     end = time.monotonic() + timeout_s
     while not condition():

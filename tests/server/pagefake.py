@@ -226,7 +226,7 @@ def serving(server: PageServer, port: int = 0) -> Iterator[str]:
     finally:
         server.go.set()
         listener.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=60)
 
 
 SHOWN = """Breakfast is served **every day** in the garden room.

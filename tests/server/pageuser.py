@@ -55,7 +55,7 @@ class PageUser:
             raise RuntimeError(found)
         return found
 
-    def wait(self, condition: Callable[[], object], message: str = "", seconds: float = 10) -> None:
+    def wait(self, condition: Callable[[], object], message: str = "", seconds: float = 60) -> None:
         WebDriverWait(self.browser, seconds, poll_frequency=0.02).until(lambda _: condition(), message)
 
     @property

@@ -68,12 +68,12 @@ def serving(
     try:
         until(lambda: bool(server.started or errors))
         if wait:
-            until(lambda: client.state == "ready" or bool(errors), timeout_s=60.0)  # loading takes long beside others
+            until(lambda: client.state == "ready" or bool(errors))
         host, port = server.servers[0].sockets[0].getsockname()[:2] if server.servers else ("none", 0)
         yield f"http://{host}:{port}", client, server
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         if thread.is_alive():
             raise TimeoutError("the server did not stop")
     if errors and not fails:
@@ -118,7 +118,7 @@ def program(
 def complete(address: str, prompt: list[int], max_tokens: int = 20, **fields: Any) -> httpx.Response:
     """One completion of token ids."""
     body = {"model": "steps", "prompt": prompt, "max_tokens": max_tokens, **fields}
-    with httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+    with httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0)) as client:
         return client.post(address + PATH, json=body)
 
 
@@ -155,7 +155,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Return as soon as ``condition`` holds; TimeoutError if it never does."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -50,7 +50,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def post(address: str, **fields: object) -> httpx.Response:
-    return httpx.post(address + PATH, json={**GOOD, **fields}, timeout=20)
+    return httpx.post(address + PATH, json={**GOOD, **fields}, timeout=60)
 
 
 def is_held(port: int | None, other: int) -> bool:
@@ -71,7 +71,7 @@ def raw(address: str, **fields: object) -> Iterator[socket.socket]:
     place = urlsplit(address)
     head = f"POST {PATH} HTTP/1.1\r\nhost: {place.netloc}\r\ncontent-length: {len(body)}\r\n"
     head += "content-type: application/json\r\n\r\n"
-    with socket.create_connection((place.hostname, place.port or 80), timeout=20) as connection:
+    with socket.create_connection((place.hostname, place.port or 80), timeout=60) as connection:
         connection.sendall(head.encode() + body)
         yield connection
 
@@ -80,7 +80,7 @@ def raw(address: str, **fields: object) -> Iterator[socket.socket]:
 def test_a_full_queue_is_a_503_at_once(engine: FakeEngine, pool: ThreadPoolExecutor, stream: bool) -> None:
     with listening(engine, ServerConfig(port=0, queue_size=3)) as address:
         first = pool.submit(post, address)
-        wait_until(lambda: engine.opened == 1)
+        wait_until(lambda: engine.begun == 1)
         waiting = [pool.submit(post, address, stream=stream) for _ in range(8)]
         wait_until(lambda: sum(each.done() for each in waiting) == 5)
         for each in waiting:
@@ -97,9 +97,9 @@ def test_a_full_queue_is_a_503_at_once(engine: FakeEngine, pool: ThreadPoolExecu
 def test_a_queue_of_one_runs_one(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
     with listening(engine, ServerConfig(port=0, queue_size=1)) as address:
         first = pool.submit(post, address)
-        wait_until(lambda: engine.opened == 1)
+        wait_until(lambda: engine.begun == 1)
         second = pool.submit(post, address)
-        time.sleep(0.1)
+        wait_until(lambda: engine.held == 2)
         check_error(post(address), 503, "server_overloaded", None)
         release(engine)
         assert (first.result().status_code, second.result().status_code) == (200, 200)
@@ -111,12 +111,12 @@ def test_the_queue_is_bounded_in_tokens(engine: FakeEngine, pool: ThreadPoolExec
     with listening(engine, ServerConfig(port=0, queue_tokens=100)) as address:
 
         def send(**fields: object) -> httpx.Response:
-            return httpx.post(address + "/v1/completions", json={"model": "fake", **fields}, timeout=20)
+            return httpx.post(address + "/v1/completions", json={"model": "fake", **fields}, timeout=60)
 
         first = pool.submit(send, prompt=[5] * 60)
-        wait_until(lambda: engine.opened == 1)
+        wait_until(lambda: engine.begun == 1)
         second = pool.submit(send, prompt=[5] * 60)
-        time.sleep(0.1)
+        wait_until(lambda: engine.held == 2)
         check_error(send(prompt=[5] * 60), 503, "server_overloaded", None)
         third = pool.submit(send, prompt=[5] * 40)
         check_error(send(prompt=[[5] * 60, [6] * 60]), 400, "request_exceeds_cache", "prompt")
@@ -130,8 +130,8 @@ def test_requests_run_in_order_of_arrival_and_alone(engine: FakeEngine, pool: Th
         asked: list[Future[httpx.Response]] = []
         for number in range(10, 16):
             asked.append(pool.submit(post, address, messages=[{"role": "user", "content": f"number {number}"}]))
-            wait_until(lambda: engine.opened == 1)
-            time.sleep(0.2)  # the next one arrives later
+            wait_until(lambda: engine.held == len(asked))
+        wait_until(lambda: engine.begun == 1)
         assert engine.opened == 1
         release(engine)
         texts = [each.result().json()["choices"][0]["message"]["content"] for each in asked]
@@ -141,9 +141,9 @@ def test_requests_run_in_order_of_arrival_and_alone(engine: FakeEngine, pool: Th
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_wait_that_is_too_long_is_a_503(engine: FakeEngine, pool: ThreadPoolExecutor, stream: bool) -> None:
-    with listening(engine, ServerConfig(port=0, queue_timeout_s=0.1)) as address:
+    with listening(engine, ServerConfig(port=0, queue_timeout_s=0.5)) as address:
         first = pool.submit(post, address)
-        wait_until(lambda: engine.opened == 1)
+        wait_until(lambda: engine.begun == 1)
         response = post(address, stream=stream)
         check_error(response, 503, "queue_timeout", None)
         assert response.headers["retry-after"]
@@ -159,7 +159,7 @@ def test_a_client_that_leaves_stops_the_engine_within_a_token(engine: FakeEngine
         with raw(address, stream=stream):
             wait_until(lambda: engine.tokens >= 3)
         wait_until(lambda: engine.closed == 1)
-        assert engine.tokens < 40
+        assert engine.tokens < 150  # of 600; the time to notice it is that of a busy machine
         engine.delay_s, engine.reply = 0.0, "Next."
         assert post(address).json()["choices"][0]["message"]["content"] == "Next."
 
@@ -170,11 +170,12 @@ def test_a_client_that_leaves_the_queue_is_never_run(
 ) -> None:
     with listening(engine) as address:
         first = pool.submit(post, address)
-        wait_until(lambda: engine.opened == 1)
+        wait_until(lambda: engine.begun == 1)
         with raw(address, stream=stream):
-            time.sleep(0.1)
+            wait_until(lambda: engine.held == 2)
+        wait_until(lambda: engine.held == 1)
         second = pool.submit(post, address)
-        time.sleep(0.1)
+        wait_until(lambda: engine.held == 2)
         release(engine)
         assert (first.result().status_code, second.result().status_code) == (200, 200)
     assert engine.opened == 2
@@ -186,7 +187,7 @@ def test_a_reader_that_stands_still_is_dropped(engine: FakeEngine) -> None:
     config = ServerConfig(port=0, stall_timeout_s=0.3)
     with listening(engine, config) as address:
         with raw(address, stream=True, max_tokens=200_000, logprobs=True, top_logprobs=20):
-            wait_until(lambda: engine.closed == 1, timeout_s=15)
+            wait_until(lambda: engine.closed == 1)
         assert engine.tokens < 60_000
         engine.reply = "Next."
         assert post(address, max_tokens=9).status_code == 200
@@ -207,23 +208,24 @@ def test_a_whole_answer_that_nobody_reads_is_dropped() -> None:
             connection.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + body)
             ends = (place.port, connection.getsockname()[1])
             wait_until(lambda: is_held(*ends))
-            wait_until(lambda: not is_held(*ends), timeout_s=15)
+            wait_until(lambda: not is_held(*ends))
 
 
-def test_a_stream_without_tokens_is_kept_open_by_comments(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
+def test_a_stream_without_tokens_is_kept_open_by_comments(engine: FakeEngine) -> None:
     with listening(engine, ServerConfig(port=0, wait_note_s=0.05)) as address:
-        stream = pool.submit(post, address, stream=True)
-        wait_until(lambda: engine.opened == 1)
-        time.sleep(0.3)
-        release(engine)
-        assert stream.result().text.count(": wait\n\n") >= 3
-        assert events(stream.result())[-1] == "[DONE]"
+        found = b""
+        with raw(address, stream=True) as connection:
+            while found.count(b": wait\n\n") < 3:
+                found += connection.recv(65536)
+            release(engine)
+            while b"data: [DONE]" not in found:
+                found += connection.recv(65536)
 
 
 def test_a_request_that_takes_too_long_ends(engine: FakeEngine) -> None:
     release(engine)
     engine.reply, engine.delay_s = LONG, 0.02
-    with listening(engine, ServerConfig(port=0, request_timeout_s=0.2)) as address:
+    with listening(engine, ServerConfig(port=0, request_timeout_s=0.5)) as address:
         response = post(address)
         check_error(response, 504, "generation_timeout", None)
         assert response.headers["x-should-retry"] == "false"
@@ -235,8 +237,7 @@ def test_a_request_that_takes_too_long_ends(engine: FakeEngine) -> None:
 def test_a_stopping_server_finishes_what_it_has(engine: FakeEngine, pool: ThreadPoolExecutor) -> None:
     with listening(engine, ServerConfig(port=0, drain_s=20)) as address:
         asked = [pool.submit(post, address, stream=stream) for stream in (True, False)]
-        wait_until(lambda: engine.opened == 1)
-        time.sleep(0.1)
+        wait_until(lambda: engine.held == 2)
         threading.Timer(0.2, release, [engine]).start()
     assert [each.result().status_code for each in asked] == [200, 200]
     assert events(asked[0].result())[-1] == "[DONE]"
@@ -247,9 +248,9 @@ def test_what_does_not_finish_in_time_gets_an_error(engine: FakeEngine, pool: Th
     engine.reply, engine.delay_s = LONG, 0.05
     with listening(engine, ServerConfig(port=0, drain_s=0.2)) as address:
         stream = pool.submit(post, address, stream=True)
-        wait_until(lambda: engine.opened == 1)
+        wait_until(lambda: engine.begun == 1)
         waiting = pool.submit(post, address)
-        time.sleep(0.1)
+        wait_until(lambda: engine.held == 2 and engine.tokens >= 2)
     data = events(stream.result())
     assert data[-1]["error"]["code"] == "server_shutting_down"
     assert not [event for event in data[:-1] if event["choices"][0]["finish_reason"]]
@@ -317,7 +318,7 @@ def test_a_signal_ends_it_in_order(number: signal.Signals, twice: bool, ending: 
             time.sleep(0.2)
         assert ending in stream.result().text
         assert process.stdout.read() == "after\n"
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
 
 
 def test_the_server_says_where_it_is(engine: FakeEngine) -> None:

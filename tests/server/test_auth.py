@@ -142,7 +142,7 @@ def test_odd_spellings_of_a_path_are_denied(target: str) -> None:
         for method in ("GET", "POST", "OPTIONS"):
             for host in (place.netloc, f"localhost:{place.port}"):
                 lines = f"{method} {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
-                with socket.create_connection((place.hostname, place.port or 80), timeout=10) as connection:
+                with socket.create_connection((place.hostname, place.port or 80), timeout=60) as connection:
                     connection.sendall(lines.encode())
                     found = b""
                     while part := connection.recv(65536):
@@ -181,18 +181,20 @@ def test_tokens_per_minute() -> None:
 def test_concurrent_requests() -> None:
     engine = FakeEngine()
     engine.hold = threading.Event()
-    with listening(engine, ServerConfig(port=0, keys=ring(concurrent=2))) as address:
+    keys = ring(concurrent=2)
+    holder = keys.find(SECRET)
+    assert holder is not None
+    with listening(engine, ServerConfig(port=0, keys=keys)) as address:
         answers: list[httpx.Response] = []
         threads = [
             threading.Thread(
-                target=lambda: answers.append(httpx.post(address + CHAT, json=GOOD, headers=bearer(), timeout=20))
+                target=lambda: answers.append(httpx.post(address + CHAT, json=GOOD, headers=bearer(), timeout=60))
             )
             for _ in range(2)
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: engine.opened == 1)
-        time.sleep(0.1)
+        wait_until(lambda: holder._running == 2)
         check_error(httpx.post(address + CHAT, json=GOOD, headers=bearer()), 429, "rate_limit_exceeded", None)
         engine.hold.set()
         for thread in threads:

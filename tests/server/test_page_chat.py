@@ -93,6 +93,20 @@ def test_only_a_text_goes_on_and_as_text(user: PageUser, page_server: PageServer
     assert {"response_format", "tools", "tool_choice"} <= set(page_server.bodies[3])
 
 
+def test_a_schema_that_is_none_does_not_keep_a_text_from_going_on(user: PageUser, page_server: PageServer) -> None:
+    page_server.replies = [Reply("Once upon", finish="length"), Reply(" a time.")]
+    user.ask("A tale")
+    user.open_settings("Answer format")
+    user.choose("format", "JSON that fits a schema")
+    user.press(Keys.ESCAPE)
+    user.click("Continue")
+    user.wait(lambda: user.answers == ["Once upon a time."])
+    user.wait_idle()
+    user.type("Data", Keys.ENTER)
+    assert user.status.startswith("Answer format:")
+    assert len(page_server.bodies) == 2
+
+
 def test_regenerate_edit_delete_and_undo(user: PageUser, page_server: PageServer) -> None:
     page_server.replies = [Reply("First."), Reply("Second."), Reply("Third."), Reply("Fourth.")]
     user.ask("One")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -185,17 +186,48 @@ def test_a_browser_that_forbids_storage_is_reported(user: PageUser) -> None:
         user.browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
-def test_another_window_is_noticed(user: PageUser) -> None:
-    user.ask("Here")
+@contextlib.contextmanager
+def another_window(user: PageUser) -> Iterator[None]:
+    """Somebody at a second window of the page; at the end it is closed."""
     first = user.browser.current_window_handle
     user.browser.switch_to.new_window("tab")
     try:
         user.load()
-        user.ask("There")
+        yield
         user.browser.close()
     finally:
         user.browser.switch_to.window(first)
+
+
+def test_another_window_is_noticed(user: PageUser) -> None:
+    user.ask("Here")
+    with another_window(user):
+        user.ask("There")
     user.wait(lambda: listed(user) == ["There", "Here"])
+    with another_window(user):
+        user.all("#conversations button")[1].click()
+        user.ask("More")
+    user.wait(lambda: user.questions == ["Here", "More"])
+    with another_window(user):
+        user.all("#conversations button")[1].click()
+        menu(user, "Delete")
+    user.wait(lambda: listed(user) == ["Here"])
+
+
+def test_what_another_window_does_not_change_stays_as_it_is(user: PageUser) -> None:
+    """Experts, which are not kept, and a question that is being edited."""
+    user.ask("Here")
+    user.all(".message.user .actions button")[1].click()
+    user.press(" and now")
+    with another_window(user):
+        user.ask("There")
+    user.wait(lambda: listed(user) == ["There", "Here"])
+    assert user.one(".editor textarea").get_attribute("value") == "Here and now"
+    assert len(user.all(".experts")) == 1
+    user.all("#conversations button")[0].click()
+    user.all("#conversations button")[1].click()
+    assert user.questions == ["Here"]
+    assert len(user.all(".experts")) == 1
 
 
 def test_colours_follow_the_system_or_the_switch(user: PageUser) -> None:

@@ -49,7 +49,7 @@ def begin(pool: ThreadPoolExecutor, address: str, client: Client) -> list[Future
 def check_ends(asked: list[Future[httpx.Response]]) -> None:
     """Each ended with the error that says what happened, and with nothing that looks like success."""
     for n, future in enumerate(asked):
-        response = future.result(timeout=5)
+        response = future.result(timeout=60)
         if n >= 4 or response.status_code == 500:  # or its stream had not begun yet
             check_error(response, 500, "engine_dead", None)
             assert response.headers["x-should-retry"] == "false"
@@ -67,7 +67,7 @@ def test_a_lost_engine_is_reported_and_replaced(pool: ThreadPoolExecutor, how: s
         asked = begin(pool, address, client)
         pid = engine_pid(client)
         os.kill(pid, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
-        until(lambda: httpx.get(address + "/health").status_code == 503, timeout_s=2)
+        until(lambda: httpx.get(address + "/health").status_code == 503)
         check_ends(asked)
         until(lambda: httpx.get(address + "/ready").status_code == 200)
         assert httpx.get(address + "/health").json() == {"status": "ok"}
@@ -94,7 +94,7 @@ def test_an_engine_that_talks_nonsense_is_replaced(pool: ThreadPoolExecutor, kin
     with serving(lives(spawn(0.02, f"ipc:{kind}"), spawn()), QUICK) as (address, client, _):
         asked = [pool.submit(complete, address, [n, 7], 4000, stream=n < 4) for n in range(6)]
         codes = []
-        for response in (future.result(timeout=5) for future in asked):
+        for response in (future.result(timeout=60) for future in asked):
             if response.status_code == 200:  # its first tokens came before the nonsense did
                 codes.append(events(response)[-1]["error"]["code"])
             else:
@@ -106,7 +106,7 @@ def test_an_engine_that_talks_nonsense_is_replaced(pool: ThreadPoolExecutor, kin
 
 
 def test_until_it_is_ready_requests_are_told_to_come_back() -> None:
-    with serving(spawn(load_s=0.5), wait=False) as (address, client, _):
+    with serving(spawn(load_s=1.0), wait=False) as (address, client, _):
         assert httpx.get(address + "/health").json() == {"status": "starting"}
         assert httpx.get(address + "/ready").status_code == 503
         response = complete(address, [1])
@@ -220,7 +220,8 @@ def test_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch, pool: ThreadPo
     now = time.time
     jump = 0.0
     monkeypatch.setattr(time, "time", lambda: now() + jump)
-    with serving(spawn(0.01), QUICK) as (address, client, _):
+    config = ServerConfig(port=0, drain_s=1.0, engine_stall_s=10.0)
+    with serving(spawn(0.01), config) as (address, client, _):
         asked = [pool.submit(complete, address, [n], 60, stream=n == 0) for n in range(3)]
         until(lambda: opened(client) == 3)
         for step in (1e9, -1e9, 3600.0):
@@ -233,9 +234,10 @@ def test_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch, pool: ThreadPo
 
 def test_a_server_that_stood_still_does_not_blame_the_engine(pool: ThreadPoolExecutor) -> None:
     """The event loop is blocked for longer than a stall may last; what the engine said meanwhile is read first."""
-    with serving(spawn(0.02), QUICK) as (address, client, server):
+    config = ServerConfig(port=0, drain_s=1.0, engine_stall_s=1.2)
+    with serving(spawn(0.02), config) as (address, client, server):
         asked = pool.submit(complete, address, [1], 100)
         until(lambda: opened(client) == 1)
-        server._loop.call_soon_threadsafe(time.sleep, 1.0)
+        server._loop.call_soon_threadsafe(time.sleep, 1.8)
         assert asked.result().json()["choices"][0]["text"] == expected([1], 100)
         assert client.supervisor.restarts == 0

@@ -34,15 +34,23 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield found
 
 
-def running(address: str) -> int:
+def metric(address: str, name: str) -> int:
     lines = httpx.get(address + "/metrics").text.splitlines()
-    return int(float(next(line.split()[1] for line in lines if line.startswith("mixtral_running "))))
+    return int(float(next(line.split()[1] for line in lines if line.startswith(f"{name} "))))
+
+
+def running(address: str) -> int:
+    return metric(address, "mixtral_running")
+
+
+def made(address: str) -> int:
+    return metric(address, 'mixtral_tokens_total{kind="output"}')
 
 
 def check_gone(process: subprocess.Popen[str], engines: list[int], code: int) -> None:
     """The process ended by itself with this code, and nothing of it is left."""
-    assert process.wait(timeout=6) == code
-    until(lambda: not any(alive(pid) for pid in engines), timeout_s=2)
+    assert process.wait(timeout=60) == code
+    until(lambda: not any(alive(pid) for pid in engines))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -50,10 +58,10 @@ def test_a_signal_lets_answers_finish_and_refuses_new_ones(number: signal.Signal
     with program(delay_s=0.02, config={"drain_s": 20}) as (address, process):
         engines = children(process.pid)
         assert len(engines) == 1
-        asked = [pool.submit(complete, address, [n], 60, stream=n < 2) for n in range(4)]
+        asked = [pool.submit(complete, address, [n], 100, stream=n < 2) for n in range(4)]
         until(lambda: running(address) == 4)
         process.send_signal(number)
-        until(lambda: httpx.get(address + "/ready").status_code == 503, timeout_s=2)
+        until(lambda: httpx.get(address + "/ready").status_code == 503)
         response = complete(address, [9], 5)
         check_error(response, 503, "server_shutting_down", None)
         assert response.headers["retry-after"]
@@ -62,7 +70,7 @@ def test_a_signal_lets_answers_finish_and_refuses_new_ones(number: signal.Signal
             if n < 2:
                 assert events(future.result())[-1] == "[DONE]"
             else:
-                assert future.result().json()["choices"][0]["text"] == expected([n], 60)
+                assert future.result().json()["choices"][0]["text"] == expected([n], 100)
         check_gone(process, engines, 0)
 
 
@@ -73,13 +81,15 @@ def test_what_does_not_finish_gets_an_error_that_says_so(how: str, pool: ThreadP
         engines = children(process.pid)
         asked = [pool.submit(complete, address, [n], 4000, stream=n < 2) for n in range(4)]
         until(lambda: running(address) == 4)
+        before = made(address)
+        until(lambda: made(address) >= before + 8)  # every stream has begun
         process.send_signal(signal.SIGTERM)
         if how == "second signal":
             time.sleep(0.3)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
         for n, future in enumerate(asked):
-            response = future.result(timeout=5)
+            response = future.result(timeout=60)
             if n >= 2:
                 check_error(response, 503, "server_shutting_down", None)
                 continue
@@ -101,7 +111,7 @@ def test_a_reader_that_stands_still_does_not_hold_up_the_end() -> None:
             until(lambda: running(address) == 1)
             time.sleep(0.5)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=8) == 0
+            assert process.wait(timeout=30) == 0
 
 
 @pytest.mark.slow
@@ -109,7 +119,7 @@ def test_a_bad_key_file_and_broken_connections_under_load_change_nothing(
     pool: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "keys.toml", entry("ann", "first-key"))
-    with program(delay_s=0.01, keys=path) as (address, process), httpx.Client(timeout=30) as client:
+    with program(delay_s=0.01, keys=path) as (address, process), httpx.Client(timeout=60) as client:
         client.headers["authorization"] = "Bearer first-key"
 
         def ask(n: int) -> httpx.Response:
@@ -136,7 +146,7 @@ def test_a_bad_key_file_and_broken_connections_under_load_change_nothing(
             assert "".join(event["choices"][0]["text"] for event in data[:-1]) == expected([n], 150)
         assert client.get(address + "/v1/models").status_code == 200
         process.send_signal(signal.SIGTERM)
-        log = process.communicate(timeout=10)[1]
+        log = process.communicate(timeout=60)[1]
     assert "stay as they were" in log
     assert "first-key" not in log
 
@@ -162,7 +172,7 @@ def test_no_engine_outlives_a_server_that_was_killed(pool: ThreadPoolExecutor, b
             until(lambda: running(address) == 1)
             time.sleep(0.1)
         process.kill()
-        until(lambda: not alive(engine), timeout_s=2)
+        until(lambda: not alive(engine))
 
 
 def test_an_engine_leaves_no_core_file_and_gains_no_rights() -> None:
@@ -182,13 +192,13 @@ def test_a_server_without_files_left_refuses_and_recovers() -> None:
         place = urlsplit(address)
         with contextlib.ExitStack() as stack:
             for _ in range(60):
-                connection = socket.create_connection((place.hostname, place.port or 80), timeout=5)
+                connection = socket.create_connection((place.hostname, place.port or 80), timeout=30)
                 stack.enter_context(connection)
             time.sleep(0.3)
             os.kill(engine, signal.SIGKILL)  # the next one cannot be started yet, which is no death of its own
             time.sleep(3)
             assert process.poll() is None
-        until(lambda: _status(address, "/ready") == 200, timeout_s=20)
+        until(lambda: _status(address, "/ready") == 200)
         assert complete(address, [1], 10).json()["choices"][0]["text"] == expected([1], 10)
         process.send_signal(signal.SIGTERM)
         check_gone(process, [engine], 0)
@@ -196,7 +206,7 @@ def test_a_server_without_files_left_refuses_and_recovers() -> None:
 
 def _status(address: str, path: str) -> int:
     try:
-        return httpx.get(address + path, timeout=5).status_code
+        return httpx.get(address + path, timeout=30).status_code
     except httpx.HTTPError:
         return 0
 
@@ -237,7 +247,7 @@ def test_prompts_and_answers_are_not_in_the_log(pool: ThreadPoolExecutor) -> Non
         until(lambda: _status(address, "/ready") == 200)
         httpx.get(f"{address}/a%0a2026-01-01T00:00:00Z%20forged%1b[31m?key=secret-key")
         process.send_signal(signal.SIGTERM)
-        log = process.communicate(timeout=10)[1]
+        log = process.communicate(timeout=60)[1]
     assert "my secret" not in log
     assert answer not in log
     assert "4711" not in log
@@ -250,7 +260,7 @@ def test_prompts_and_answers_are_not_in_the_log(pool: ThreadPoolExecutor) -> Non
 
 @pytest.mark.parametrize("arguments", [[], ["x"], ["1", "2"]])
 def test_an_engine_process_is_not_started_by_hand(arguments: list[str]) -> None:
-    result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=20)
+    result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "mixtral serve" in result.stderr
 
@@ -278,7 +288,7 @@ def test_small_writes_are_sent_at_once() -> None:
 def test_modules_in_the_current_folder_are_not_imported(tmp_path: Path) -> None:
     for name in ("msgspec", "torch", "numpy", "mixtral"):
         (tmp_path / f"{name}.py").write_text("open('canary', 'w').close()\nraise SystemExit(99)\n")
-    result = subprocess.run(_COMMAND, capture_output=True, text=True, timeout=20, cwd=tmp_path)
+    result = subprocess.run(_COMMAND, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert result.returncode == 2
     assert "mixtral serve" in result.stderr
     assert not (tmp_path / "canary").exists()
@@ -296,4 +306,4 @@ def test_an_engine_process_ends_when_its_first_message_is_none(data: bytes, code
         theirs.close()
         ours.sendall(data)
         ours.shutdown(socket.SHUT_WR)
-        assert process.wait(timeout=20) == code
+        assert process.wait(timeout=60) == code

@@ -42,7 +42,7 @@ def raw(address: str, prompt: list[Any], *, buffer: int | None = None, **fields:
     with socket.socket() as connection:
         if buffer is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        connection.settimeout(20)
+        connection.settimeout(60)
         connection.connect((place.hostname or "", place.port or 80))
         connection.sendall(head.encode() + body)
         yield connection
@@ -78,7 +78,7 @@ def test_clients_that_leave_free_the_engine(stream: bool) -> None:
             until(lambda: sum(run.started for run in client._runs.values()) == 40)
             for place, connection in enumerate(leaving):
                 reset(connection) if place % 2 else connection.close()
-            until(lambda: idle(client), timeout_s=3)
+            until(lambda: idle(client))
         assert sample(address, 'mixtral_aborted_total{reason="disconnect"}') == 40
         assert sample(address, "mixtral_running") == 0
         assert complete(address, [1], 10).json()["choices"][0]["text"] == expected([1], 10)
@@ -94,7 +94,7 @@ def test_a_client_that_times_out_frees_the_engine() -> None:
     with serving(spawn(0.01)) as (address, client, _):
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(address + PATH, json={"model": "steps", "prompt": [1], "max_tokens": 4000}, timeout=0.3)
-        until(lambda: idle(client), timeout_s=3)
+        until(lambda: idle(client))
 
 
 def test_a_client_that_leaves_the_queue_never_reaches_a_slot() -> None:
@@ -125,7 +125,7 @@ def test_readers_that_read_nothing_cost_little_and_delay_nobody(pool: ThreadPool
         assert events(good[0].result())[-1] == "[DONE]"
         for n in (1, 2):
             assert good[n].result().json()["choices"][0]["text"] == expected([n, 5], 100)
-        until(lambda: idle(client), timeout_s=60)
+        until(lambda: idle(client))
         assert rss_bytes() - before < 100 * 2**20
         assert sample(address, 'mixtral_aborted_total{reason="slow_reader"}') == 6
 
@@ -194,7 +194,7 @@ def test_far_too_much_is_refused_at_the_door_and_the_rest_is_answered(pool: Thre
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_waits_too_long_is_told_and_forgotten(pool: ThreadPoolExecutor, stream: bool) -> None:
-    config = ServerConfig(port=0, drain_s=1.0, queue_timeout_s=0.2)
+    config = ServerConfig(port=0, drain_s=1.0, queue_timeout_s=0.5)
     with serving(spawn(0.01, slots=1), config) as (address, client, _):
         first = pool.submit(complete, address, [1], 200)
         until(lambda: len(client._runs) == 1)
@@ -207,7 +207,7 @@ def test_who_waits_too_long_is_told_and_forgotten(pool: ThreadPoolExecutor, stre
 
 
 def test_who_takes_too_long_is_ended() -> None:
-    config = ServerConfig(port=0, drain_s=1.0, request_timeout_s=0.3)
+    config = ServerConfig(port=0, drain_s=1.0, request_timeout_s=0.6)
     with serving(spawn(0.01), config) as (address, client, _):
         response = complete(address, [1], 4000)
         check_error(response, 504, "generation_timeout", None)

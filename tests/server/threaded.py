@@ -133,6 +133,11 @@ class ThreadEngine:
         """See Engine."""
         return bool(self._runs)
 
+    @property
+    def held(self) -> int:
+        """Requests that run or wait."""
+        return len(self._runs)
+
     async def start(self) -> None:
         """See Engine."""
 

@@ -185,7 +185,7 @@ function regenerate(conversation, place) {
 }
 
 function proceed(conversation, place) {
-  if (running || !checkSettings()) return;
+  if (running || !checkSettings({ continues: true })) return;
   if (place < conversation.messages.length - 1) removeFrom(conversation, place + 1, conversation.messages.length, "");
   generate(conversation, { continues: true });
 }
@@ -199,12 +199,14 @@ function ask(conversation, text, undoing = null) {
   generate(conversation, { undoing });
 }
 
-/** Whether the settings can be sent; if not, the place that is wrong is shown. */
-function checkSettings() {
+/** Whether the settings can be sent; if not, the place that is wrong is shown. A text that goes on has no form. */
+function checkSettings({ continues = false } = {}) {
   const wrong = settingsPanel.wrongNumber();
   const problem = wrong
     ? { where: wrong.id, message: `Wrong value for ${wrong.labels[0].firstChild.textContent}` }
-    : problemOf(current.settings);
+    : continues
+      ? null
+      : problemOf(current.settings);
   if (!problem) return true;
   panels.show("settings");
   const field = byId(problem.where);
@@ -217,7 +219,7 @@ function checkSettings() {
 
 /** Ask for the next answer and show it while it is written. */
 async function generate(conversation, { continues = false, undoing = null } = {}) {
-  if (running || (conversation === current && !checkSettings())) {
+  if (running || (conversation === current && !checkSettings({ continues }))) {
     refresh();
     return;
   }
@@ -465,12 +467,19 @@ function bindKeys() {
   });
 }
 
-/** What another window of this page changed. The conversation that is shown stays as it is while it is answered. */
+/**
+ * What another window of this page changed. Other conversations stay as they are, with experts and open editors; so
+ * does the one that is shown, while an answer is written.
+ */
 function onStorage({ key }) {
   if (!Store.isConversation(key)) return;
   const shown = current.id;
-  const kept = new Set([running?.conversation, running && current].filter(Boolean));
-  conversations = store.all().map((read) => [...kept].find(({ id }) => id === read.id) ?? read);
+  const mine = running ? [running.conversation, current] : [];
+  const isChanged = ({ id }) => Store.isOf(key, id);
+  const read = store.all().filter(isChanged);
+  conversations = conversations.filter((conversation) => !isChanged(conversation));
+  conversations.push(...read.map((changed) => mine.find(({ id }) => id === changed.id) ?? changed));
+  conversations.sort((one, other) => other.updated - one.updated);
   const again = conversations.find(({ id }) => id === shown);
   if (again && again !== current) {
     current = again;

@@ -79,8 +79,9 @@ export function messagesOf({ settings, messages }) {
 }
 
 /**
- * The body of a streamed request for the next answer. With `continues` the last answer goes on. With `experts` the
- * server is asked for the experts of every token, and for log-probabilities, because they come with the tokens' texts.
+ * The body of a streamed request for the next answer. With `continues` the last answer, a text, goes on as text: what
+ * the settings say of forms and functions is for the next one. With `experts` the server is asked for the experts of
+ * every token, and for log-probabilities, because they come with the tokens' texts.
  */
 export function bodyOf(conversation, { model, experts, continues }) {
   const { settings } = conversation;
@@ -89,8 +90,10 @@ export function bodyOf(conversation, { model, experts, continues }) {
   const body = { model, messages };
   for (const name of Object.keys(NUMBERS)) if (settings[name] !== null) body[name] = settings[name];
   if (settings.stop.length > 0) body.stop = settings.stop;
-  if (settings.format !== "text") body.response_format = formatOf(settings);
-  Object.assign(body, toolsOf(settings));
+  if (!continues) {
+    if (settings.format !== "text") body.response_format = formatOf(settings);
+    Object.assign(body, toolsOf(settings));
+  }
   if (experts) Object.assign(body, { logprobs: true, mixtral: { routing: "weights" } });
   return { ...body, stream: true, stream_options: { include_usage: true } };
 }

@@ -266,4 +266,9 @@ export class Store {
   static isConversation(name) {
     return name === null || name.startsWith(`${PREFIX}c.`);
   }
+
+  /** Whether a storage event is about the conversation `id`; without a name it is about all. */
+  static isOf(name, id) {
+    return name === null || name === `${PREFIX}c.${id}`;
+  }
 }
