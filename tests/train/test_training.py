@@ -114,12 +114,12 @@ def test_a_state_from_before_these_numbers_goes_on(tmp_path: Path, nano: Nano) -
         del config["optim"][name]
     old = {name: value for name, value in values.items() if name not in new} | {"config": config}
     checkpoint.save(tmp_path, step, old_tensors, old, keep_last=1)
-    without_guard = {"skip_norm": 0.0}
-    going_on = nano(optim=without_guard, run={"steps": 3})
+    before = {"skip_norm": 0.0, "balance_scope": "micro"}
+    going_on = nano(optim=before, run={"steps": 3})
     assert pretrain(going_on, tmp_path, on_step=ignore).steps_done == 3
     checkpoint.save(tmp_path / "x", step, old_tensors, old, keep_last=1)
     with pytest.raises(TrainingError, match=r"optim\.schedule is 'cosine', but the run was started with 'wsd'"):
-        Pretraining(nano(optim=without_guard | {"schedule": "cosine"}), tmp_path / "x")
+        Pretraining(nano(optim=before | {"schedule": "cosine"}), tmp_path / "x")
     with pytest.raises(TrainingError, match=r"optim\.skip_norm is 6.0, but the run was started with 0.0"):
         Pretraining(nano(), tmp_path / "x")
 

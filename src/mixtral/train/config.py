@@ -92,7 +92,7 @@ class OptimConfig:
     skip_norm: float = 6.0
     ema: float = 0.0
     balance_coef: float = 0.01
-    balance_scope: str = "micro"
+    balance_scope: str = "global"
     z_coef: float = 0.001
 
     def __post_init__(self) -> None:

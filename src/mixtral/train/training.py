@@ -38,7 +38,7 @@ __all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versio
 # Of files only the place may: what is in them is compared.
 _MAY_CHANGE = {"steps", "epochs", "save_every", "keep_last", "max_position_embeddings"}
 _PLACES = {"path", "train", "validation", "file"}
-_BEFORE = {"skip_norm": 0.0}  # there was no guard
+_BEFORE = {"skip_norm": 0.0, "balance_scope": "micro"}  # there was no guard, and no other scope
 _NOT_OF_THE_OPTIMIZER = ("probe.", "health.")
 
 Saved = tuple[int, dict[str, Tensor], dict[str, Any]]
