@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from contest import compete, table
+from contest import compete, matmul_gflops, table
 
 from mixtral.bench.machine import machine
 
@@ -40,11 +40,16 @@ def main() -> int:
     names = given.contenders.split(",") if given.contenders else CONTENDERS[given.contest]
     with tempfile.TemporaryDirectory() as name:
         settings = _settings(given, Path(name))
+        limits = [matmul_gflops(given.threads)]
         found = compete(names, settings, turns=given.turns, steps=given.steps)
+        limits.append(matmul_gflops(given.threads))
     print(table(found, names[0]))
+    print(f"a bfloat16 product of 2048 x 2048 x 2048 before and after: {limits[0]:,.0f} and {limits[1]:,.0f} GFLOP/s")
     if given.json:
         kept = {"settings": {k: v for k, v in settings.items() if k not in ("base", "data", "adapter", "quantised")}}
-        given.json.write_text(json.dumps({**kept, "machine": machine(), "found": found}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps({**kept, "machine": machine(), "matmul_gflops": limits, "found": found}, indent=1) + "\n"
+        )
     return 0
 
 

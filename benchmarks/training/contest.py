@@ -7,12 +7,15 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["Contender", "compete", "table"]
+import torch
+
+__all__ = ["Contender", "compete", "matmul_gflops", "table"]
 
 PARITY_STEP = 20
 
@@ -97,6 +100,18 @@ def compete(names: Sequence[str], arguments: Mapping[str, Any], *, turns: int, s
         }
         for name, one in found.items()
     }
+
+
+def matmul_gflops(threads: int, size: int = 2048, times: int = 5) -> float:
+    """What a product of two square bfloat16 matrices reaches here, in GFLOP/s: the best of some."""
+    torch.set_num_threads(threads)
+    a, b = (torch.randn((size, size), dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[1:]) / 1e9
 
 
 def table(found: Mapping[str, Mapping[str, Any]], ours: str) -> str:
