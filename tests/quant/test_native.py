@@ -11,6 +11,7 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from mixtral.errors import CheckpointError, ConfigError
+from mixtral.ops.native import available
 from mixtral.quant import native
 from mixtral.quant.formats import FORMATS
 from mixtral.quant.kencode import K_FORMATS, encode_k
@@ -65,7 +66,7 @@ def importances(width: int) -> Iterator[Floats | None]:
 
 def test_the_compiled_module_is_there() -> None:
     """Tests run on an installed project, and the installation builds it."""
-    assert native.available()
+    assert available()
     assert native.levels()[0] == "baseline"
 
 
@@ -214,7 +215,7 @@ def test_a_missing_module_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.delattr(mixtral, "_native", raising=False)
     monkeypatch.setitem(sys.modules, "mixtral._native", None)
-    assert not native.available()
+    assert not available()
     with pytest.raises(ConfigError, match="pip install"):
         native.encode(np.zeros((1, 256), np.float32), "Q4_K", threads=1)
     with pytest.raises(ConfigError, match=r"C\+\+20 compiler"):

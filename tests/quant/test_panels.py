@@ -469,3 +469,31 @@ def test_several_callers_at_once() -> None:
     with ThreadPoolExecutor(6) as callers:
         found = list(callers.map(lambda _: matrix.multiply(x), range(100)))
     assert all(torch.equal(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group", [8, 32, 128, 40])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_groups_are_decoded_with_the_same_bits_by_both(
+    bits: int, group: int, zeros: bool, scale_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled and in torch, some rows and all, into float32 and bfloat16; scales down to the smallest of float16."""
+    rng, rows = np.random.default_rng(bits), 300
+    columns = 5 * group
+    codes = torch.from_numpy(rng.integers(0, 256, (rows, columns * bits // 8), dtype=np.uint8))
+    scales = torch.from_numpy(rng.normal(size=(rows, 5)) * 10.0 ** rng.integers(-7, 4, (rows, 5))).to(scale_dtype)
+    some = torch.from_numpy(rng.integers(0, 1 << bits, scales.shape, dtype=np.uint8)) if zeros else None
+    source = Groups(bits, codes, scales, zeros=some)
+    found = {dtype: source.decode(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    part = torch.empty((9, columns), dtype=torch.bfloat16)
+    source.decode_rows(291, part)
+    assert torch.equal(part, found[torch.bfloat16][291:])
+    monkeypatch.setattr("mixtral.quant.packed.available", lambda: False)
+    for dtype, values in found.items():
+        assert_same_bits(values, source.decode(dtype))
+
+
+def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    width = torch.int32 if found.dtype == torch.float32 else torch.int16
+    assert torch.equal(found.view(width), expected.view(width))

@@ -22,8 +22,8 @@ __all__ = ["Ours", "main"]
 
 
 class Ours:
-    """``mixtral`` with its defaults, but without prefix cache and drafts. Answers also say which tokens were read in each
-    step (``fed``), and how many experts of each layer a step, or the whole prompt, was sent to (``experts``)."""
+    """``mixtral`` with its defaults, but without prefix cache and drafts. Answers also say which tokens were read in
+    each step (``fed``), and how many experts of each layer a step, or the whole prompt, was sent to (``experts``)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         loaded = load(settings["model"], threads=settings["threads"], packed_cache=settings.get("packed_cache"))

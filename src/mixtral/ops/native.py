@@ -11,7 +11,7 @@ from torch import nn
 
 from mixtral.errors import ConfigError
 
-__all__ = ["VARIABLE", "forced_level", "kernel_levels", "level", "module", "take_threads", "threads"]
+__all__ = ["VARIABLE", "available", "forced_level", "kernel_levels", "level", "module", "take_threads", "threads"]
 
 VARIABLE = "MIXTRAL_ISA"
 """Environment variable that lowers the instruction set of kernels and encoders; one of ``kernel_levels()``."""
@@ -30,6 +30,15 @@ def module() -> ModuleType:
             f"the compiled part of mixtral is missing ({error}); with a C++20 compiler, `pip install .` builds it"
         ) from None
     return _native
+
+
+def available() -> bool:
+    """Whether the compiled module is there and can be imported."""
+    try:
+        module()
+    except ConfigError:
+        return False
+    return True
 
 
 @cache

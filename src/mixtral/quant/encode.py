@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mixtral.ops.native import available
 from mixtral.quant import blocks, native
 from mixtral.quant.native import WEIGHTED
 
@@ -24,7 +25,7 @@ def encode_rows(values: Tensor, name: str, importance: npt.NDArray[np.float32] |
         CheckpointError: rows that are no whole blocks, values that the format cannot hold, or importance
             that is not float32 [N], finite and nowhere negative.
     """
-    if name in blocks.ENCODED and not (name in native.ENCODERS and native.available()):
+    if name in blocks.ENCODED and not (name in native.ENCODERS and available()):
         return blocks.encode(values, name)
     rows = values.detach().to(torch.float32).contiguous().numpy()
     weights = importance if name in WEIGHTED else None

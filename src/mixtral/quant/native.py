@@ -25,21 +25,12 @@ from mixtral.quant.kencode import (
     refuse_too_large,
 )
 
-__all__ = ["ENCODERS", "WEIGHTED", "available", "encode", "encode_groups", "levels"]
+__all__ = ["ENCODERS", "WEIGHTED", "encode", "encode_groups", "levels"]
 
 WEIGHTED = (*K_FORMATS, "Q4_0")
 """The formats whose encoders weigh errors by importance."""
 ENCODERS = (*WEIGHTED, "Q8_0")
 NOT_FINITE, TOO_LARGE = 1, 2
-
-
-def available() -> bool:
-    """Whether the compiled module is there and can be imported."""
-    try:
-        module()
-    except ConfigError:
-        return False
-    return True
 
 
 def levels() -> tuple[str, ...]:

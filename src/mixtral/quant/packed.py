@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mixtral.errors import CheckpointError
+from mixtral.ops.native import available, module, threads
 from mixtral.quant.bits import unpack_bits
 from mixtral.quant.decode import CHUNK_VALUES, decode_into
 from mixtral.quant.formats import FORMATS
 
 __all__ = ["Blocks", "Groups", "Packed", "group_label"]
+
+# How the compiled decoder takes what it fills.
+_VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16}
 
 
 class Packed(nn.Module, ABC):
@@ -123,7 +127,19 @@ class Groups(Packed):
         return self.scale_bytes.view(self.scale_dtype)
 
     def decode_rows(self, start: int, out: Tensor) -> None:
-        """As in ``Packed``."""
+        """As in ``Packed``; by compiled code where it can: the same bits, but 0 for what is below 1.2e-38."""
+        compiled = self.order is None and self.group % 8 == 0 and out.dtype in _VIEWS and out.device.type == "cpu"
+        if compiled and self.device.type == "cpu" and available():
+            some = slice(start, start + len(out))
+            module().decode_groups(
+                self.codes[some].numpy(),
+                self.bits,
+                self.scales[some].float().numpy(),
+                None if self.zeros is None else self.zeros[some].numpy(),
+                out.detach().view(_VIEWS[out.dtype]).numpy(),
+                threads(),
+            )
+            return
         step = max(1, CHUNK_VALUES // self.shape[1])
         for low in range(0, len(out), step):
             part = out[low : low + step]
