@@ -186,6 +186,28 @@ def test_cached_pages_belong_to_one_adapter(served: tuple[Mixtral, NamedAdapters
     assert run(engine, *submits([None], scope="town\0"), *submits(["town"], scope="x"))["town"][0] == 0
 
 
+def test_routing_is_that_of_the_adapter(served: tuple[Mixtral, NamedAdapters]) -> None:
+    model, named = served
+
+    def routing(names: Sequence[str | None]) -> dict[str, list[Any]]:
+        engine = Engine(model, EngineConfig(pages=40), adapters=named)
+        found: dict[str, list[Any]] = {f"{name}": [] for name in names}
+        for submit in submits(names, routing=True, routing_prompt=True):
+            engine.submit(submit)
+        while engine.has_work:
+            for update in engine.step():
+                if isinstance(update, Tokens):
+                    found[update.request] += [(event.id, event.routing) for event in update.events]
+        return found
+
+    together = routing([None, *KINDS])
+    alone: dict[str, list[Any]] = {}
+    for name in (None, *KINDS):
+        alone |= routing([name])
+    assert together == alone
+    assert len({str(one) for one in alone.values()}) == 4
+
+
 def test_pages_that_were_shared_among_adapters_would_be_seen(
     served: tuple[Mixtral, NamedAdapters], monkeypatch: pytest.MonkeyPatch
 ) -> None:

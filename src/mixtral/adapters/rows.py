@@ -1,5 +1,4 @@
-"""Several adapters of one model, of which every row of a batch has one or none: which rows these are, and plain torch
-modules that follow it.
+"""Which rows of a batch have which of several adapters, and a model without compiled kernels that follows it.
 
 T tokens, N rows of one adapter.
 """
