@@ -73,9 +73,7 @@ class Script:
         self.ids = ids
         self.closed = False
 
-    def stream(
-        self, prompts: Any, params: SamplingParams, dropped: Any = (), *, constraint: Any = None
-    ) -> Iterator[TokenEvent]:
+    def stream(self, prompts: Any, params: SamplingParams, dropped: Any = (), **options: Any) -> Iterator[TokenEvent]:
         try:
             for place, id in enumerate(self.ids):
                 cut = place + 1 == params.max_tokens

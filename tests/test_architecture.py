@@ -38,7 +38,7 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "compiled": ({"model", "ops", "quant"}, {"torch"}),
     "files": ({"ops", "quant"}, {"torch", "numpy"}),
     "weights": ({"model", "ops", "quant", "files"}, {"torch", "numpy", "safetensors"}),
-    "adapters": ({"model", "ops", "quant", "weights", "files"}, {"torch"}),
+    "adapters": ({"model", "ops", "quant", "compiled", "weights", "files"}, {"torch"}),
     "engine": ({"model", "ops", "wire"}, {"torch", "numpy", "msgspec"}),
     "server": (
         {"wire", "tokenizer", "grammar"},
@@ -68,10 +68,11 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
 }
 FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
-# Ten layouts, their checks, a cache; a scheduler and its parts; an HTTP edge that checks all fields, and two kinds of
-# processes behind it; a file per command; three recipes with their configurations, the user's files, states, records
-# and references.
+# Adapters that are trained, merged, read from files of others and served at once; ten layouts, their checks, a cache;
+# a scheduler and its parts; an HTTP edge that checks all fields, and two kinds of processes behind it; a file per
+# command; three recipes with their configurations, the user's files, states, records and references.
 OTHER_PART_LINES = {
+    "adapters": 2400,
     "tokenizer": 1200,
     "quant": 2800,
     "weights": 3500,

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 
 import torch
 
+from mixtral.adapters.named import NamedAdapter, NamedAdapters, add_adapters, check_name
 from mixtral.adapters.use import use_adapter
 from mixtral.compiled import compile_model
 from mixtral.config import PRESETS, MixtralConfig
@@ -18,9 +19,9 @@ from mixtral.engine.config import EngineConfig
 from mixtral.engine.engine import Engine
 from mixtral.engine.generator import Generator as TokenGenerator
 from mixtral.errors import CapacityError, CheckpointError, ConfigError, RequestError, TokenizerError
-from mixtral.forms import Forms, read_stop
+from mixtral.forms import Forms, is_single, read_stop, wrong_prompt
 from mixtral.model.mixtral import Mixtral
-from mixtral.ops.cores import usable_cores
+from mixtral.ops.devices import device_of, use_threads
 from mixtral.results import ChatCompletion, ChatDelta, Completion, Delta, TokenLogprob, Usage, completion_of, delta_of
 from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, check_pieces, encode_chat, parse_calls
 from mixtral.weights import dtype_of, find_gguf, is_compact, load_compact, load_model, pieces_of, save_model
@@ -53,10 +54,17 @@ class LLM:
     """
 
     def __init__(
-        self, model: Mixtral, tokenizer: Tokenizer | None, *, name: str, engine: EngineConfig | None = None
+        self,
+        model: Mixtral,
+        tokenizer: Tokenizer | None,
+        *,
+        name: str,
+        engine: EngineConfig | None = None,
+        adapters: NamedAdapters | None = None,
     ) -> None:
         self._forms = None if tokenizer is None else Forms(tokenizer)
-        self.generator = TokenGenerator(Engine(model, engine, self._forms))
+        self.generator = TokenGenerator(Engine(model, engine, self._forms, adapters))
+        self.adapters: Mapping[str, NamedAdapter] = {} if adapters is None else adapters.known
         self.name = name
         self._tokenizer = tokenizer
 
@@ -102,6 +110,7 @@ class LLM:
         *,
         stop: Sequence[str] | None = None,
         response_format: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         stream: Literal[False] = False,
         **params: Any,
     ) -> Completion: ...
@@ -112,6 +121,7 @@ class LLM:
         *,
         stop: Sequence[str] | None = None,
         response_format: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         stream: Literal[False] = False,
         **params: Any,
     ) -> list[Completion]: ...
@@ -122,6 +132,7 @@ class LLM:
         *,
         stop: Sequence[str] | None = None,
         response_format: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         stream: Literal[True],
         **params: Any,
     ) -> Iterator[Delta]: ...
@@ -131,6 +142,7 @@ class LLM:
         *,
         stop: Sequence[str] | None = None,
         response_format: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         stream: bool = False,
         **params: Any,
     ) -> Any:
@@ -139,6 +151,7 @@ class LLM:
         ``params`` are the fields of ``SamplingParams``; ``max_tokens`` is 512 or what the context leaves. A stop string
         ends the answer and is not part of its text. ``stream=True`` gives an iterator of ``Delta``; closing it stops.
         ``response_format`` is that of the server (``docs/constrained.md``): an answer that ends with "stop" has it.
+        ``adapter`` is a name of ``load``'s ``adapters``; None is the base.
 
         Raises:
             RequestError: an option is unknown, out of range or contradicts another, or a prompt is empty.
@@ -146,13 +159,13 @@ class LLM:
             TokenizerError: an id is outside the vocabulary, or text is given and the model has no tokenizer.
             CapacityError: prompt and ``max_tokens`` do not fit the context.
         """
-        single = _is_single(prompt)
+        single = is_single(prompt)
         prompts = [self._ids(each) for each in ([prompt] if single else prompt)]
         chosen, stops = self._params(prompts, params), read_stop(stop)
         constraint = None
         if response_format is not None:
             constraint = self._known_forms().of_text(response_format, chosen, stops)
-        deltas = self._deltas(prompts, chosen, stops, constraint)
+        deltas = self._deltas(prompts, chosen, stops, constraint, adapter)
         if stream:
             return deltas
         gathered: list[list[Delta]] = [[] for _ in prompts]
@@ -171,6 +184,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         stop: Sequence[str] | None = None,
+        adapter: str | None = None,
         stream: Literal[False] = False,
         **params: Any,
     ) -> ChatCompletion: ...
@@ -184,6 +198,7 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         stop: Sequence[str] | None = None,
+        adapter: str | None = None,
         stream: Literal[True],
         **params: Any,
     ) -> Iterator[ChatDelta]: ...
@@ -196,10 +211,11 @@ class LLM:
         parallel_tool_calls: bool = True,
         response_format: Mapping[str, Any] | None = None,
         stop: Sequence[str] | None = None,
+        adapter: str | None = None,
         stream: bool = False,
         **params: Any,
     ) -> Any:
-        """Answer a conversation in the OpenAI format; see ``generate`` for ``stop``, ``stream`` and ``params``.
+        """Answer a conversation in the OpenAI format; see ``generate`` for ``stop``, ``adapter``, ``stream``, others.
 
         ``tool_choice``, ``parallel_tool_calls`` and ``response_format`` are those of the server (``docs/serving.md``):
         calls are of the ``tools`` and valid by their schemas, and without tools there are none.
@@ -222,7 +238,7 @@ class LLM:
         )
         text = TextStream(self.tokenizer, stop=stops, continues=continues)
         dropped: set[int] = set()
-        events = self.generator.stream([ids], chosen, dropped, constraint=constraint)
+        events = self.generator.stream([ids], chosen, dropped, constraint=constraint, adapter=adapter)
         deltas = self._read_chat(events, text, dropped, len(ids))
         if stream:
             return deltas
@@ -232,13 +248,13 @@ class LLM:
             raise RuntimeError("the answer has no end")
         return ChatCompletion("".join(d.content for d in found), last.tool_calls, last.finish_reason, last.usage)
 
-    def logits(self, ids: Prompt) -> torch.Tensor:
-        """Raw logits after each of the T ids: float32 [T, V]. Text becomes ids as in ``generate``.
+    def logits(self, ids: Prompt, *, adapter: str | None = None) -> torch.Tensor:
+        """Raw logits after each of the T ids: float32 [T, V]. Text becomes ids, and ``adapter`` is, as in ``generate``.
 
         Raises:
             RequestError, TokenizerError, CapacityError: no ids, an id outside the vocabulary, more than the context.
         """
-        return self.generator.logits(self._ids(ids))
+        return self.generator.logits(self._ids(ids), adapter)
 
     def save(
         self,
@@ -269,13 +285,13 @@ class LLM:
                 raise RequestError("the prompt is empty; expected text or token ids", param="prompt")
             return self.tokenizer.encode(prompt, bos=True)
         if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-            raise _wrong_prompt(prompt)
+            raise wrong_prompt(prompt)
         return list(prompt)
 
     def _params(self, prompts: Sequence[Sequence[int]], given: Mapping[str, Any]) -> SamplingParams:
         unknown = sorted(given.keys() - _FIELDS)
         if unknown:
-            near = difflib.get_close_matches(unknown[0], [*_FIELDS, "stop", "stream"], n=1)
+            near = difflib.get_close_matches(unknown[0], [*_FIELDS, "adapter", "stop", "stream"], n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise RequestError(f"unknown option {unknown[0]!r}{hint}", param=unknown[0])
         fields = dict(given)
@@ -299,7 +315,12 @@ class LLM:
         return self._forms
 
     def _deltas(
-        self, prompts: list[list[int]], params: SamplingParams, stop: Sequence[str], constraint: Constraint | None
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        stop: Sequence[str],
+        constraint: Constraint | None,
+        adapter: str | None,
     ) -> Generator[Delta, None, None]:
         # Without a tokenizer there is no text, and asking for stop strings is asking for the tokenizer.
         texts = [
@@ -307,7 +328,8 @@ class LLM:
             for _ in prompts
         ]
         dropped: set[int] = set()
-        return self._read(self.generator.stream(prompts, params, dropped, constraint=constraint), texts, dropped)
+        events = self.generator.stream(prompts, params, dropped, constraint=constraint, adapter=adapter)
+        return self._read(events, texts, dropped)
 
     def _read(
         self, events: Generator[TokenEvent, None, None], texts: Sequence[TextStream | None], dropped: set[int]
@@ -364,6 +386,7 @@ def load(
     kv_dtype: str | None = None,
     packed_cache: str | Path | None = None,
     adapter: str | Path | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
 ) -> LLM:
     """Load a model: "embedded" (ships with this package), a folder of Hugging Face's or Mistral's files, or GGUF.
 
@@ -376,55 +399,65 @@ def load(
     what the server calls the model; default: the folder's name. ``unpickle`` allows ``.pth`` files, which could carry
     code. ``packed_cache`` is a folder for the weights as the kernels read them: the first load writes a file there, as
     large as the weights, and others map it. ``adapter`` is a folder of a LoRA adapter: it is added to weights that are
-    not quantised, and computed beside those that are; the log says which.
+    not quantised, and computed beside those that are; the log says which. ``adapters`` are such folders by name, for
+    calls that choose one: they are computed beside the weights, which stay those of the base.
 
     Raises:
-        ConfigError: the device, dtype, threads or ``config.json`` is wrong, or a preset is given, which has no weights.
+        ConfigError: the device, dtype, threads, ``config.json`` or name of an adapter is wrong, ``adapter`` and
+            ``adapters`` are both given, or a preset is, which has no weights.
         CheckpointError: files are missing or damaged, or do not fit the config; or the adapter is, or does not fit.
     """
-    target, kind = _device(device), dtype_of(dtype)
+    target, kind = device_of(device), dtype_of(dtype)
     compiled = not reference and target.type == "cpu"
     if kv_dtype is not None and not compiled:
         raise ConfigError(
             "kv_dtype is for compiled kernels, which run on the CPU and without reference", param="kv_dtype"
         )
     folder = folder_of(model)
-    _use_threads(threads)
+    use_threads(threads)
     name = name or ("embedded" if str(model) == "embedded" else folder.resolve().name.removesuffix(".gguf"))
+    _check_adapters(adapter, adapters, name)
     if is_compact(folder):
         compact = load_compact(folder, device=target, dtype=kind, packed=compiled and not decode)
-        engine = _ready(compact.model, adapter, compiled=compiled, kv_dtype=kv_dtype)
+        engine, named = _ready(compact.model, adapter, adapters, compiled=compiled, kv_dtype=kv_dtype)
         if packed_cache is not None:
             _log.info("packed cache: nothing in this model is packed, so none is written")
         version = Tokenizer.for_vocab_size(compact.model.config.vocab_size).version
         respelling = Tokenizer.from_version(version, respell=compact.respell)
-        return LLM(compact.model, respelling, name=name, engine=engine)
+        return LLM(compact.model, respelling, name=name, engine=engine, adapters=named)
     options: dict[str, Any] = {"unpickle": unpickle, "decode": decode, "packed_cache": packed_cache}
     found = load_model(folder, device=target, dtype=kind, reference=reference, **options)
-    engine = _ready(found, adapter, compiled=compiled, kv_dtype=kv_dtype)
+    engine, named = _ready(found, adapter, adapters, compiled=compiled, kv_dtype=kv_dtype)
     fitting = Tokenizer.version_for(found.config.vocab_size)
     tokenizer = Tokenizer.from_version(fitting) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):
         check_pieces(tokenizer, pieces, source=str(folder))
-    return LLM(found, tokenizer, name=name, engine=engine)
+    return LLM(found, tokenizer, name=name, engine=engine, adapters=named)
 
 
-def _ready(model: Mixtral, adapter: str | Path | None, *, compiled: bool, kv_dtype: str | None) -> EngineConfig:
-    """Put an adapter into a model and the model on kernels; what its engine may do."""
+def _check_adapters(adapter: str | Path | None, adapters: Mapping[str, str | Path] | None, base: str) -> None:
+    """Raise ConfigError for what is wrong before anything is read."""
+    if adapter is not None and adapters:
+        raise ConfigError("adapter and adapters are both given; expected one of them", param="adapter")
+    for name in adapters or ():
+        check_name(name, base)
+
+
+def _ready(
+    model: Mixtral,
+    adapter: str | Path | None,
+    adapters: Mapping[str, str | Path] | None,
+    *,
+    compiled: bool,
+    kv_dtype: str | None,
+) -> tuple[EngineConfig, NamedAdapters | None]:
+    """Put an adapter into a model, the model on kernels, and named adapters beside it; and what its engine may do."""
     beside = adapter is not None and use_adapter(model, Path(adapter), kernels=compiled)
     if compiled:
         compile_model(model, kv_dtype=kv_dtype)
     # A draft is checked beside other rows, and only on compiled kernels a row is the same in any company.
-    return EngineConfig(speculation=compiled and not beside)
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is not None and not 1 <= threads <= 1024:
-        raise ConfigError(f"threads is {threads!r}; expected 1 to 1024", param="threads")
-    # Torch knows no quotas and may take two CPUs of one core for two; a number below that was somebody's choice.
-    chosen = threads or min(torch.get_num_threads(), usable_cores())
-    if chosen != torch.get_num_threads():
-        torch.set_num_threads(chosen)
+    named = add_adapters(model, adapters) if adapters else None
+    return EngineConfig(speculation=compiled and not beside), named
 
 
 def folder_of(model: str | Path) -> Path:
@@ -457,35 +490,6 @@ def folder_of(model: str | Path) -> Path:
             param="model",
         )
     raise CheckpointError(f'{folder}: no such folder; expected "embedded" or a folder with config.json', param="model")
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device is {device!r}; expected cpu, or what torch calls a GPU", param="device") from None
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    known = {"cpu", *([accelerator.type] if accelerator else [])}
-    if found.type not in known or (found.index or 0) >= _count(found):
-        raise ConfigError(f"device is {device!r}, which this machine lacks; it has {', '.join(known)}", param="device")
-    return found
-
-
-def _count(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else torch.accelerator.device_count()
-
-
-def _is_single(prompt: Any) -> bool:
-    if isinstance(prompt, str):
-        return True
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise _wrong_prompt(prompt)
-    return not prompt or isinstance(prompt[0], int)
-
-
-def _wrong_prompt(prompt: object) -> RequestError:
-    kind = type(prompt).__name__
-    return RequestError(f"a prompt is of type {kind}; expected text, token ids, or a list of either", param="prompt")
 
 
 def _calls(tokenizer: Tokenizer, ids: Sequence[int], *, cut: bool) -> list[ToolCall]:

@@ -14,7 +14,7 @@ from mixtral.engine.config import EngineConfig
 from mixtral.engine.engine import Engine
 from mixtral.errors import ConfigError
 from mixtral.grammar import Grammar
-from mixtral.wire import Hello, Start
+from mixtral.wire import AdapterInfo, Hello, Start
 
 __all__ = ["build_engine", "fingerprint"]
 
@@ -41,12 +41,13 @@ def build_engine(start: Start) -> tuple[Engine, Hello]:
         kv_dtype=start.kv_dtype,
         packed_cache=start.packed_cache,
         adapter=start.adapter,
+        adapters=start.adapters,
     )
     # What is safe follows from the kernels and from where an adapter is computed; loading decided it.
     config = dataclasses.replace(config, speculation=llm.generator.engine.config.speculation)
     context = _context(llm, start.max_model_len)
     tokenizer = llm.tokenizer  # a model without one cannot be served
-    engine = Engine(llm.generator.model, config, Grammar(tokenizer))
+    engine = Engine(llm.generator.model, config, Grammar(tokenizer), llm.generator.engine.adapters)
     hello = Hello(
         name=llm.name,
         context=context,
@@ -57,6 +58,7 @@ def build_engine(start: Start) -> tuple[Engine, Hello]:
         respell=tokenizer.respell,
         cache_tokens=engine.cache_tokens,
         fingerprint=fingerprint(folder_of(start.model), tokenizer.sha256, start),
+        adapters={name: AdapterInfo(root=one.root, size_bytes=one.size_bytes) for name, one in llm.adapters.items()},
     )
     return engine, hello
 
@@ -64,12 +66,15 @@ def build_engine(start: Start) -> tuple[Engine, Hello]:
 def fingerprint(model: Path, tokenizer: str, start: Start) -> str:
     """Equal where the same request gets the same answer: version, weights, tokenizer and how the numbers are held.
 
-    Of the files of weights, and of an adapter, count their names, their sizes and samples of what is in them: both ends
-    and 256 pieces of 4 KiB between. A change that is smaller than their distance can go unnoticed.
+    Of the files of weights, and of adapters, count their names, their sizes and samples of what is in them: both ends
+    and 256 pieces of 4 KiB between. A change that is smaller than their distance can go unnoticed. The names that
+    requests choose adapters by count too.
     """
     held = (start.device, start.dtype, start.decode, start.reference, start.kv_dtype)
-    digest = hashlib.sha256(msgspec.msgpack.encode((__version__, tokenizer, held)))
-    parts = [model] if start.adapter is None else [model, Path(start.adapter)]
+    named = sorted(start.adapters.items())
+    names = (*held, *(name for name, _ in named)) if named else held
+    digest = hashlib.sha256(msgspec.msgpack.encode((__version__, tokenizer, names)))
+    parts = [model, *(Path(path) for path in (start.adapter, *(path for _, path in named)) if path is not None)]
     for path in (path for part in parts for path in _files(part)):
         size = path.stat().st_size
         digest.update(msgspec.msgpack.encode((path.name, size)))

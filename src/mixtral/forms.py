@@ -1,4 +1,4 @@
-"""What a call of the Python API asks of an answer's form, as the constraint that an engine keeps to."""
+"""Prompts of a call of the Python API, and what it asks of an answer's form, as the constraint of an engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixtral.grammar import Grammar, Guard, Matcher, Source, calls_constraint, t
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import Constraint, SamplingParams
 
-__all__ = ["Forms", "read_stop"]
+__all__ = ["Forms", "is_single", "read_stop", "wrong_prompt"]
 
 _CHOICES = ("auto", "none", "required", "any")
 
@@ -138,6 +138,21 @@ def read_stop(stop: Sequence[str] | None) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise RequestError(f"stop[{place}] is {text!r}; expected text", param=f"stop[{place}]")
     return found
+
+
+def is_single(prompt: Any) -> bool:
+    """Whether a prompt is one, not a list of several. Raises RequestError for what is neither."""
+    if isinstance(prompt, str):
+        return True
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise wrong_prompt(prompt)
+    return not prompt or isinstance(prompt[0], int)
+
+
+def wrong_prompt(prompt: object) -> RequestError:
+    """The error for what is no prompt."""
+    kind = type(prompt).__name__
+    return RequestError(f"a prompt is of type {kind}; expected text, token ids, or a list of either", param="prompt")
 
 
 def _choice(given: object, tools: Sequence[Mapping[str, Any]]) -> tuple[bool, str | None]:

@@ -18,7 +18,7 @@ from mixtral.model import Batch, Documents, Mixtral, initialise
 from mixtral.weights import save_model
 from mixtral.weights.convert import convert, convert_to_gguf
 
-__all__ = ["FORMS", "IDS", "factors_of", "ours", "packed_folder", "peer_of", "theirs"]
+__all__ = ["FORMS", "IDS", "WIDE", "factors_of", "ours", "packed_folder", "peer_of", "theirs"]
 
 WIDE = MixtralConfig(
     vocab_size=256,
@@ -77,11 +77,11 @@ def factors_of(config: MixtralConfig, seed: int = 5, size: float = 0.1, **option
     return found
 
 
-def packed_folder(form: str, folder: Path) -> Path:
-    """A model on disk whose experts are in that form."""
+def packed_folder(form: str, folder: Path, config: MixtralConfig = WIDE) -> Path:
+    """A model on disk whose experts are in that form; ``config`` counts for those that are converted."""
     if form in integers.FORMS:
         return integers.write(folder, integers.FORMS[form]).folder
-    model = Mixtral(WIDE)
+    model = Mixtral(config)
     initialise(model, seed=1, std=0.1)
     save_model(model, folder / "plain")
     if form.startswith("int"):

@@ -15,7 +15,7 @@ import pytest
 
 from mixtral.cli import main
 from mixtral.cli.serve import _FOREIGN
-from mixtral.cli.serving import read_bytes
+from mixtral.cli.serving import read_adapters, read_bytes
 from mixtral.errors import ConfigError
 
 SERVER = Path(__file__).resolve().parents[1] / "server"
@@ -51,6 +51,11 @@ def test_options_of_other_servers_say_what_to_do(option: str, capsys: pytest.Cap
         (["--log-format", "xml"], "expected text or json"),
         (["--port", "70000"], "port is 70000"),
         (["--max-num-seqs", "x"], "--max-num-seqs"),
+        (["--adapter", "a=x", "--adapter", "a=y"], "--adapter a=y: the name 'a' is given twice"),
+        (["--adapter", "a=x", "--adapter", "y"], "--adapter y: there are several adapters; expected NAME=PATH"),
+        (["--adapter", "x", "--adapter", "a=y"], "--adapter x: there are several adapters; expected NAME=PATH"),
+        (["--adapter", "=x"], "--adapter =x: expected NAME=PATH, or PATH alone"),
+        (["--adapter", "a="], "--adapter a=: expected NAME=PATH, or PATH alone"),
     ],
 )
 def test_wrong_options_are_one_line_and_exit_code_2(
@@ -69,6 +74,16 @@ def test_wrong_options_are_one_line_and_exit_code_2(
 )
 def test_sizes_are_read(text: str, value: int) -> None:
     assert read_bytes("--x", text) == value
+
+
+def test_adapters_are_read() -> None:
+    here = Path.cwd()
+    assert read_adapters([]) == (None, {})
+    assert read_adapters(["runs/a"]) == (str(here / "runs/a"), {})
+    assert read_adapters(["./r=8"]) == (str(here / "r=8"), {})
+    named = {"a": str(here / "runs/a"), "b": "/x/r=8"}
+    assert read_adapters(["a=runs/a", "b=/x/r=8"]) == (None, named)
+    assert list(read_adapters(["b=x", "a=y"])[1]) == ["b", "a"]
 
 
 @pytest.mark.parametrize("text", ["", "G", "-1", "1.5G", "4X", "4GG", "0x10", "٤", "1" * 30])

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import mixtral
-from mixtral import api
 from mixtral.bench.random_model import create_model
 from mixtral.build import build_engine
 from mixtral.cli import chat, main, output
@@ -22,6 +21,7 @@ from mixtral.config import MixtralConfig
 from mixtral.engine.loop import EngineThread
 from mixtral.errors import CapacityError
 from mixtral.model.mixtral import Mixtral
+from mixtral.ops import devices
 from mixtral.tokenizer import ToolCall
 from mixtral.weights import save_compact, save_model
 from mixtral.weights.vocab import row_map
@@ -227,7 +227,7 @@ def test_threads_are_set_for_the_process(folder: Path, monkeypatch: pytest.Monke
     assert seen == [3]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for cores in (2, 4, 8):  # by default what the process may use, but no more than torch has been given
-        monkeypatch.setattr(api, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(devices, "usable_cores", lambda cores=cores: cores)
         assert main(["generate", "--model", str(folder), "--ids", "1", *GREEDY, "--reference"]) == 0
     assert seen == [3, 2]
 

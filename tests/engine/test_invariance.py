@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from mixtral.compiled import compile_model
 from mixtral.config import MixtralConfig
 from mixtral.engine.config import EngineConfig
 from mixtral.engine.engine import Engine
+from mixtral.engine.runner import Adapters
 from mixtral.model import Mixtral, initialise
 from mixtral.wire import PromptScores, SamplingParams, Submit, Tokens
 
@@ -100,16 +101,29 @@ WAYS = {
 }
 
 
-def answers(model: Mixtral, params: SamplingParams, way: Way) -> list[Answer]:
-    """The answers to the prompt, by number of the choice."""
-    engine = Engine(model, EngineConfig(**{"pages": 40, "max_num_seqs": 5} | way.config))
+def answers(
+    model: Mixtral,
+    params: SamplingParams,
+    way: Way,
+    *,
+    adapters: Adapters | None = None,
+    adapter: str | None = None,
+    theirs: Sequence[str | None] = (None,),
+) -> list[Answer]:
+    """The answers to the prompt, by number of the choice; with an adapter, and ``theirs`` for the others, in turns."""
+    engine = Engine(model, EngineConfig(**{"pages": 40, "max_num_seqs": 5} | way.config), adapters=adapters)
     engine._costs = EagerCosts()  # type: ignore[assignment]
-    mine = Submit(request="mine", prompts=[PROMPT], params=params, n=way.n, **way.extra)
+    mine = Submit(request="mine", prompts=[PROMPT], params=params, n=way.n, adapter=adapter, **way.extra)
     for number in range(way.before):
-        engine.submit(Submit(request=f"before {number}", prompts=[PROMPT + [5] * number], params=params))
-        while engine.has_work:
-            engine.step()
-    others = [Submit(request=f"other {at}", prompts=[OTHERS[at]], params=params) for at in range(way.beside)]
+        for each in dict.fromkeys((*theirs, adapter)):
+            prompt = PROMPT + [5] * number
+            engine.submit(Submit(request=f"before {number}", prompts=[prompt], params=params, adapter=each))
+            while engine.has_work:
+                engine.step()
+    others = [
+        Submit(request=f"other {at}", prompts=[OTHERS[at]], params=params, adapter=theirs[at % len(theirs)])
+        for at in range(way.beside)
+    ]
     for one in [*others, mine] if way.late else [mine, *others]:
         engine.submit(one)
     found: list[Answer] = [[] for _ in range(way.n)]

@@ -17,6 +17,7 @@ from mixtral.grammar import Source
 from mixtral.server import Server, ServerConfig
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import (
+    AdapterInfo,
     Candidate,
     Done,
     PromptScores,
@@ -54,6 +55,7 @@ class FakeEngine:
         error: Exception | None = None,
     ) -> None:
         self.name = "fake"
+        self.adapters: dict[str, AdapterInfo] = {}
         self.context = CONTEXT
         self.tokenizer = Tokenizer.from_version(version)
         self.vocab_size = self.tokenizer.vocab_size

@@ -138,7 +138,7 @@ def test_infinite_logprobs_are_a_number() -> None:
     engine = ThreadEngine(FakeEngine(), ServerConfig())
     ids = engine.tokenizer.encode("a", eos=True)
     pieces = push(Answer(engine.tokenizer, calls="refused"), ids, logprob=float("-inf"))
-    body = ChatReply(engine, logprobs=True).choice(0, joined(pieces))
+    body = ChatReply(engine, "fake", logprobs=True).choice(0, joined(pieces))
     assert [token["logprob"] for token in body["logprobs"]["content"]] == [-9999.0]
 
 

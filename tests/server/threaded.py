@@ -24,7 +24,7 @@ from mixtral.server.engine import State
 from mixtral.server.errors import ApiError, overloaded
 from mixtral.server.metrics import Metrics
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import Failed, Hello, Submit, Update
+from mixtral.wire import AdapterInfo, Failed, Hello, Submit, Update
 
 _ROOM = 64  # updates that may wait for a reader
 
@@ -33,6 +33,7 @@ class Source(Protocol):
     """A description as in Engine, and updates of one request. Closing the iterator frees everything."""
 
     name: str
+    adapters: dict[str, AdapterInfo]
     context: int
     cache_tokens: int
     vocab_size: int
@@ -120,6 +121,7 @@ class ThreadEngine:
     def __init__(self, source: Source, config: ServerConfig) -> None:
         self.source = source
         self.name, self.context, self.vocab_size = source.name, source.context, source.vocab_size
+        self.adapters = source.adapters
         self.cache_tokens, self.layers, self.experts = source.cache_tokens, source.layers, source.experts
         self.fingerprint, self.tokenizer = source.fingerprint, source.tokenizer
         self.state: State = "ready"

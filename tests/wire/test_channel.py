@@ -15,6 +15,7 @@ import pytest
 
 from mixtral.wire import (
     Abort,
+    AdapterInfo,
     Candidate,
     Channel,
     ChannelClosedError,
@@ -42,7 +43,7 @@ from mixtral.wire import (
 from mixtral.wire.channel import FRAME_BYTES
 
 TO_ENGINE = [
-    Start(model="embedded", threads=2, faults=("step:1:raise",)),
+    Start(model="embedded", threads=2, adapters={"a": "x/a", "b": "x/b"}, faults=("step:1:raise",)),
     Submit(
         request="a",
         prompts=[[1, 2, 32767], [0]],
@@ -52,13 +53,14 @@ TO_ENGINE = [
         scope="key\u2028\x00",
         priority=-3,
         routing=True,
+        adapter="b",
     ),
     Abort(request="a"),
 ]
 FROM_ENGINE = [
     Hello(
         name="m", context=1, vocab_size=2, layers=3, experts=4, tokenizer="v3", respell={9: (1, 2)}, cache_tokens=5,
-        fingerprint="f",
+        fingerprint="f", adapters={"b": AdapterInfo(root="b", size_bytes=2**40)},
     ),
     Started(request="a", cached=(0, 64)),
     PromptScores(request="a", prompt=0, tokens=[PromptToken(id=1), PromptToken(id=2, logprob=-1.5)]),

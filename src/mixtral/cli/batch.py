@@ -10,7 +10,6 @@ import typer
 
 from mixtral.cli import output
 from mixtral.cli.generate import (
-    AdapterOption,
     DecodeOption,
     DeviceOption,
     DtypeOption,
@@ -21,6 +20,7 @@ from mixtral.cli.generate import (
     ThreadsOption,
 )
 from mixtral.cli.serving import (
+    AdaptersOption,
     CacheMemoryOption,
     ContextOption,
     SequencesOption,
@@ -51,7 +51,7 @@ def run(
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
     packed_cache: PackedCacheOption = None,
-    adapter: AdapterOption = None,
+    adapter: AdaptersOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Answer a file of requests; a run that was interrupted goes on where it was."""

@@ -9,7 +9,6 @@ import typer
 
 from mixtral.cli import output
 from mixtral.cli.generate import (
-    AdapterOption,
     DecodeOption,
     DeviceOption,
     DtypeOption,
@@ -20,6 +19,7 @@ from mixtral.cli.generate import (
     ThreadsOption,
 )
 from mixtral.cli.serving import (
+    AdaptersOption,
     CacheMemoryOption,
     ContextOption,
     SequencesOption,
@@ -56,9 +56,13 @@ _FOREIGN = {
     "--disable-log-requests": "requests are logged without their content; there is nothing to disable",
     "--enable-auto-tool-choice": "tools need no option; leave it out",
     "--enable-chunked-prefill": "prompts are always read in chunks, next to other requests; leave it out",
+    "--enable-lora": "name adapters with --adapter NAME=PATH; leave it out",
     "--enforce-eager": "there are no graphs to capture on this device; leave it out",
     "--guided-decoding-backend": "constraints are always llguidance's; leave it out",
     "--load-format": "the format is found out from the files; leave it out",
+    "--lora-modules": "use --adapter NAME=PATH, once for each",
+    "--max-lora-rank": "adapters may have any rank; leave it out",
+    "--max-loras": "any number of adapters may be in one batch; leave it out",
     "--max-num-batched-requests": "use --max-num-seqs",
     "--num-scheduler-steps": "each step makes one token of each request, or checks several; leave it out",
     "--pipeline-parallel-size": "a model is not cut into stages; leave it out",
@@ -147,7 +151,7 @@ def run(
     reference: ReferenceOption = False,
     kv_cache_dtype: KvCacheOption = None,
     packed_cache: PackedCacheOption = None,
-    adapter: AdapterOption = None,
+    adapter: AdaptersOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Serve a model over HTTP: OpenAI-compatible API, chat page."""

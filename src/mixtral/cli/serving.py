@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from mixtral.wire import Start
 
 __all__ = [
+    "AdaptersOption",
     "CacheMemoryOption",
     "ContextOption",
     "SequencesOption",
     "ServedNameOption",
     "StepTokensOption",
+    "read_adapters",
     "read_bytes",
     "start_of",
 ]
@@ -36,6 +38,14 @@ CacheMemoryOption = Annotated[
     str | None,
     typer.Option("--kv-cache-memory", help="For keys and values, such as 4G; default: what four contexts need."),
 ]
+AdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="[NAME=]PATH",
+        help="LoRA adapter that requests choose by NAME, may be repeated; without NAME: one for all requests.",
+    ),
+]
 # Options -> fields of Start.
 _START = {
     "model": "model",
@@ -47,7 +57,6 @@ _START = {
     "reference": "reference",
     "kv_cache_dtype": "kv_dtype",
     "packed_cache": "packed_cache",
-    "adapter": "adapter",
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",
     "max_num_batched_tokens": "max_num_batched_tokens",
@@ -61,17 +70,43 @@ def start_of(options: Mapping[str, Any], **more: Any) -> Start:
     """What an engine is to load and how it is to run, from the options of a command; ``more`` are other fields.
 
     Raises:
-        ConfigError: the memory is no size.
+        ConfigError: the memory is no size, or the adapters do not go together.
     """
     from mixtral.wire import Start
 
     memory = options["kv_cache_memory"]
     cache_bytes = None if memory is None else read_bytes("--kv-cache-memory", memory)
     given = {field: options[option] for option, field in _START.items() if option in options}
-    for field in ("packed_cache", "adapter"):
-        if given.get(field) is not None:
-            given[field] = str(Path(given[field]).absolute())
-    return Start(cache_bytes=cache_bytes, **given, **more)
+    if given.get("packed_cache") is not None:
+        given["packed_cache"] = str(Path(given["packed_cache"]).absolute())
+    adapter, adapters = read_adapters(options["adapter"] or [])
+    return Start(cache_bytes=cache_bytes, adapter=adapter, adapters=adapters, **given, **more)
+
+
+def read_adapters(texts: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The path of an adapter for all requests, or paths by the names that requests choose: ``PATH`` or ``NAME=PATH``.
+
+    A path with ``=`` in it needs a ``/`` before that.
+
+    Raises:
+        ConfigError: a name or path is missing, a name is given twice, or there are several paths without names.
+    """
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            if len(texts) > 1:
+                raise ConfigError(
+                    f"--adapter {text}: there are several adapters; expected NAME=PATH, so that requests can choose",
+                    param="adapter",
+                )
+            return str(Path(text).absolute()), {}
+        if not name or not path:
+            raise ConfigError(f"--adapter {text}: expected NAME=PATH, or PATH alone", param="adapter")
+        if name in named:
+            raise ConfigError(f"--adapter {text}: the name {name!r} is given twice", param="adapter")
+        named[name] = str(Path(path).absolute())
+    return None, named
 
 
 def read_bytes(option: str, text: str) -> int:

@@ -73,12 +73,18 @@ class CompiledLayer(nn.Module):
 
     def forward(self, x_TD: Tensor, angles: tuple[Tensor, Tensor], context: Context) -> tuple[Tensor, ops.Route]:
         """As in ``DecoderLayer``; the stream is float32."""
-        x_TD, attention = _float32(x_TD), self.self_attn
+        x_TD = _float32(x_TD)
+        return self._mixture(self._output(self._attend(self._project(x_TD), angles, context), x_TD))
+
+    def _project(self, x_TD: Tensor) -> Tensor:
+        """Queries, keys and values side by side: [T, (H + 2G) K]."""
+        attention = self.self_attn
         parts = [attention.q_proj, attention.k_proj, attention.v_proj]
-        qkv = _product(x_TD, parts, self._kept[:3], self.input_layernorm, None)
-        attended = self._attend(qkv, angles, context)
-        x_TD = _product(attended, [attention.o_proj], self._kept[3:4], None, x_TD)
-        return self._mixture(x_TD)
+        return _product(x_TD, parts, self._kept[:3], self.input_layernorm, None)
+
+    def _output(self, attended: Tensor, x_TD: Tensor) -> Tensor:
+        """The stream after attention."""
+        return _product(attended, [self.self_attn.o_proj], self._kept[3:4], None, x_TD)
 
     def _attend(self, qkv: Tensor, angles: tuple[Tensor, Tensor], context: Context) -> Tensor:
         attention = self.self_attn
@@ -92,6 +98,7 @@ class CompiledLayer(nn.Module):
         return context.attend(attention.layer, *turned).flatten(-2).float().contiguous()
 
     def _mixture(self, x_TD: Tensor) -> tuple[Tensor, ops.Route]:
+        """The stream after the experts, and the routing."""
         mixture, norm = self.mlp, self.post_attention_layernorm
         experts = expert_view(mixture.experts, self._kept[4])
         router = mixture.gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 
 from mixtral.model.mixtral import Linear
 from mixtral.model.moe import Experts
-from mixtral.ops.native import module
+from mixtral.ops.native import level, module, threads
 from mixtral.quant.modules import PackedExperts, PackedLinear
 from mixtral.quant.panels import Panels, expert_set
 
-__all__ = ["DenseView", "expert_view", "matrix_view"]
+__all__ = ["DenseView", "dense_matrix", "expert_view", "matrix_view", "multiply"]
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -33,9 +34,16 @@ class DenseView:
         return self._views
 
 
-def _matrix(weight: Tensor) -> Any:
+def dense_matrix(weight: Tensor) -> Any:
+    """The view of a matrix of bfloat16, float16 or float32 [O, I], which keeps its memory."""
     data = weight.detach().contiguous()
     return module().DenseMatrix(_KINDS[weight.dtype], *weight.shape, data.view(torch.uint8).reshape(-1).numpy())
+
+
+def multiply(x_NI: Tensor, matrices: Sequence[Any], out_NO: Tensor) -> Tensor:
+    """``x`` times every matrix transposed, side by side, into ``out``; both float32. A row depends on no other one."""
+    module().project(x_NI.numpy(), list(matrices), out_NO.numpy(), threads(), level=level())
+    return out_NO
 
 
 def matrix_view(layer: nn.Module, kept: DenseView) -> Any:
@@ -43,14 +51,14 @@ def matrix_view(layer: nn.Module, kept: DenseView) -> Any:
     if isinstance(layer, PackedLinear):
         return layer.packed.matrix if isinstance(layer.packed, Panels) else None
     if isinstance(layer, Linear) and layer.weight.dtype in _KINDS and layer.weight.is_contiguous():
-        return kept.of(layer.weight, make=_matrix)
+        return kept.of(layer.weight, make=dense_matrix)
     return None
 
 
 def _experts(gate_up_E2FD: Tensor, down_EDF: Tensor) -> Any:
     halves = [gate_up.chunk(2) for gate_up in gate_up_E2FD]
-    gate, up = ([_matrix(half[i]) for half in halves] for i in range(2))
-    return expert_set(gate, up, [_matrix(down) for down in down_EDF])
+    gate, up = ([dense_matrix(half[i]) for half in halves] for i in range(2))
+    return expert_set(gate, up, [dense_matrix(down) for down in down_EDF])
 
 
 def expert_view(layer: nn.Module, kept: DenseView) -> Any:

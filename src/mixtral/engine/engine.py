@@ -17,7 +17,7 @@ from mixtral.config import MixtralConfig
 from mixtral.engine.config import EngineConfig
 from mixtral.engine.pages import PAGE_SIZE, PageAllocator
 from mixtral.engine.request import Request, Sequence
-from mixtral.engine.runner import Floats, Runner, StepResult
+from mixtral.engine.runner import Adapters, Floats, Runner, StepResult
 from mixtral.engine.sampler import Grammar, Sampler
 from mixtral.engine.sampling import Choice, score
 from mixtral.engine.scheduler import Piece, Plan, Scheduler
@@ -73,15 +73,22 @@ class Engine:
     one that belongs to a request) ends all requests; the engine is usable afterwards.
     """
 
-    def __init__(self, model: Mixtral, config: EngineConfig | None = None, grammar: Grammar | None = None) -> None:
+    def __init__(
+        self,
+        model: Mixtral,
+        config: EngineConfig | None = None,
+        grammar: Grammar | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.model = model
+        self.adapters = adapters
         self.config = config or EngineConfig()
         self._grammar = grammar
         context = model.config.max_position_embeddings
         total = self.config.page_count(model.new_cache(1).nbytes, context, available_bytes(model.device))
         self.pages = PageAllocator(total, publish=self.config.prefix_cache)
         self.scheduler = Scheduler(self.config, self.pages)
-        self._runner = Runner(model, self.pages)
+        self._runner = Runner(model, self.pages, adapters)
         self._costs = Costs(model.config.num_local_experts, model.config.num_experts_per_tok)
         self._open: dict[str, _Open] = {}
         self._paused: set[str] = set()
@@ -109,7 +116,7 @@ class Engine:
         """Raise what is wrong with a request.
 
         Raises:
-            RequestError: there is no prompt, one is empty, or a parameter does not fit this engine.
+            RequestError: there is no prompt, one is empty, or a parameter or the adapter does not fit this engine.
             TokenizerError: an id is outside the vocabulary.
             CapacityError: a prompt and its answer do not fit the context or the cache.
         """
@@ -119,6 +126,7 @@ class Engine:
             raise RequestError(f"n is {submit.n}; expected at least 1", param="n")
         if submit.constraint is not None and self._grammar is None:
             raise RequestError("this engine has no grammars; send no constraint", param="constraint")
+        self._check_adapter(submit.adapter)
         vocab_size = self.model.config.vocab_size
         for id in submit.params.logit_bias:
             if not 0 <= id < vocab_size:
@@ -237,14 +245,22 @@ class Engine:
             expert_tokens=self._experts_LE.tolist(),
         )
 
-    def logits(self, ids: list[int]) -> Tensor:
+    def logits(self, ids: list[int], adapter: str | None = None) -> Tensor:
         """Raw logits after each of the T ids: float32 [T, V].
 
         Raises:
-            RequestError, TokenizerError, CapacityError: no ids, an id outside the vocabulary, more than the context.
+            RequestError, TokenizerError, CapacityError: no ids, an id outside the vocabulary, more than the context; or
+                there is no such adapter.
         """
         _check_prompt(ids, 0, self.model.config)
-        return self._runner.logits(ids, self.config.max_num_batched_tokens)
+        self._check_adapter(adapter)
+        return self._runner.logits(ids, self.config.max_num_batched_tokens, adapter)
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        known = () if self.adapters is None else self.adapters.known
+        if adapter is not None and adapter not in known:
+            expected = f"one of {', '.join(known)}" if known else "none, for this model has none"
+            raise RequestError(f"there is no adapter {adapter!r:.140}; expected {expected}", param="adapter")
 
     def _speculate(self, plan: Plan) -> int:
         """Add drafts to a plan in which all write answers. Gives the tokens of such a step, else 0."""

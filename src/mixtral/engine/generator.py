@@ -53,17 +53,18 @@ class Generator:
         dropped: Collection[int] = (),
         *,
         constraint: Constraint | None = None,
+        adapter: str | None = None,
     ) -> abc.Generator[TokenEvent, None, None]:
         """One event per sampled token; ``sequence`` is the prompt's place, and its last event has a ``finish_reason``.
 
         With the same parameters for all, the token at position p of sequence i depends on the logits, the parameters
         and (seed, i, p) alone. With parameters for each, every prompt is generated as if it were alone: i is 0. A
-        sequence whose place the caller adds to ``dropped`` gets no more tokens. Every answer keeps to ``constraint``.
-        Closing the iterator frees all pages.
+        sequence whose place the caller adds to ``dropped`` gets no more tokens. Every answer keeps to ``constraint``,
+        and is that of the model with ``adapter``. Closing the iterator frees all pages.
 
         Raises:
             RequestError: there is no prompt, or one is empty; or not as many parameters as prompts; or there is a
-                ``constraint``, and the engine has no grammars.
+                ``constraint``, and the engine has no grammars; or it has no such adapter.
             TokenizerError: an id is outside the vocabulary.
             CapacityError: a prompt and its ``max_tokens`` do not fit the context, or not the cache.
             NumericalError: the model put out NaN or infinity (while iterating).
@@ -71,28 +72,34 @@ class Generator:
         """
         asked = [list(prompt) for prompt in prompts]
         if isinstance(params, SamplingParams):
-            groups = [(0, self._submission(asked, params, constraint))]
+            groups = [(0, self._submission(asked, params, constraint, adapter))]
         elif len(params) != len(asked) or not asked:
             raise RequestError(
                 f"got {len(asked)} prompts and {len(params)} parameters; expected one each", param="prompt"
             )
         else:
             each = zip(asked, params, strict=True)
-            groups = [(place, self._submission([prompt], one, constraint)) for place, (prompt, one) in enumerate(each)]
+            groups = [
+                (place, self._submission([prompt], one, constraint, adapter))
+                for place, (prompt, one) in enumerate(each)
+            ]
         for _, submit in groups:
             self.engine.check(submit)
         return self._run(groups, dropped)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
+    def logits(self, ids: Sequence[int], adapter: str | None = None) -> Tensor:
         """Raw logits after each of the T ids: float32 [T, V].
 
         Raises:
             RequestError, TokenizerError, CapacityError: no ids, an id outside the vocabulary, more than the context.
         """
-        return self.engine.logits(list(ids))
+        return self.engine.logits(list(ids), adapter)
 
-    def _submission(self, prompts: list[list[int]], params: SamplingParams, constraint: Constraint | None) -> Submit:
-        return Submit(request=f"{next(self._names)}", prompts=prompts, params=params, constraint=constraint)
+    def _submission(
+        self, prompts: list[list[int]], params: SamplingParams, constraint: Constraint | None, adapter: str | None
+    ) -> Submit:
+        name = f"{next(self._names)}"
+        return Submit(request=name, prompts=prompts, params=params, constraint=constraint, adapter=adapter)
 
     def _run(
         self, groups: Sequence[tuple[int, Submit]], dropped: Collection[int]

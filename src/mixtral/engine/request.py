@@ -90,6 +90,11 @@ class Request:
         self.sequences = [Sequence(self, index, first_number + index) for index in range(count)]
 
     @property
+    def scope(self) -> str:
+        """What separates its cached pages from others: keys and values of another adapter, or of none, are others."""
+        return f"{self.submit.adapter or ''}\0{self.submit.scope}"
+
+    @property
     def finished(self) -> bool:
         """Whether all of its sequences are."""
         return not any(sequence.live for sequence in self.sequences)

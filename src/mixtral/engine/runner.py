@@ -5,7 +5,9 @@ T tokens of the step; N rows that get logits; D width; V vocabulary; L layers; A
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +21,24 @@ from mixtral.model.batch import Batch, Cache
 from mixtral.model.mixtral import Mixtral
 from mixtral.ops import Route
 
-__all__ = ["Runner", "StepResult"]
+__all__ = ["Adapters", "Runner", "StepResult"]
 
 _ROWS = 64  # whose logits are made at once when a prompt is scored
 
 Floats = npt.NDArray[np.float32]
+
+
+class Adapters(Protocol):
+    """Adapters beside the base of a model, by name."""
+
+    @property
+    def known(self) -> Collection[str]:
+        """Their names."""
+        ...
+
+    def chosen(self, pieces: Iterable[tuple[str | None, int]]) -> AbstractContextManager[None]:
+        """Inside, a batch is computed that consists of these pieces: the adapter of each, and how many rows it has."""
+        ...
 
 
 class StepResult:
@@ -81,8 +96,9 @@ class StepResult:
 class Runner:
     """A model and its cache, which is made at the first step."""
 
-    def __init__(self, model: Mixtral, pages: PageAllocator) -> None:
+    def __init__(self, model: Mixtral, pages: PageAllocator, adapters: Adapters | None = None) -> None:
         self.model = model
+        self._adapters = adapters
         self._pages = pages
         self._cache: Cache | None = None
 
@@ -97,12 +113,14 @@ class Runner:
         tokens: list[int] = []
         positions: list[int] = []
         spans: list[tuple[Sequence[int], int, int]] = []
+        chosen: list[tuple[str | None, int]] = []
         for piece in pieces:
             sequence, count = piece.sequence, piece.count + len(piece.drafts)
             tokens += sequence.tokens[piece.start : piece.start + piece.count]
             tokens += piece.drafts
             positions += range(piece.start, piece.start + count)
             spans.append((self._pages.pages(sequence.number), piece.start, count))
+            chosen.append((sequence.request.submit.adapter, count))
         device = self.model.device
         with torch.inference_mode():
             batch = Batch(
@@ -110,10 +128,11 @@ class Runner:
                 positions_T=torch.tensor(positions, device=device),
                 context=self._cache.view(spans),
             )
-            output = self.model(batch)
+            with self._with(chosen):
+                output = self.model(batch)
             return StepResult(self.model, output.hidden_TD, output.routes, pieces)
 
-    def logits(self, ids: Sequence[int], chunk: int) -> Tensor:
+    def logits(self, ids: Sequence[int], chunk: int, adapter: str | None = None) -> Tensor:
         """Raw logits after each of the T ids, float32 [T, V], with a cache of its own."""
         pages = PageAllocator(pages_for(len(ids)))
         pages.open(0, (), len(ids))
@@ -127,8 +146,13 @@ class Runner:
                     positions_T=torch.arange(start, start + len(part), device=device),
                     context=cache.view([(pages.pages(0), start, len(part))]),
                 )
-                found.append(self.model.logits(self.model(batch).hidden_TD))
+                with self._with([(adapter, len(part))]):
+                    output = self.model(batch)
+                found.append(self.model.logits(output.hidden_TD))
             return torch.cat(found)
+
+    def _with(self, chosen: Sequence[tuple[str | None, int]]) -> AbstractContextManager[None]:
+        return nullcontext() if self._adapters is None else self._adapters.chosen(chosen)
 
 
 def _host(values: Tensor) -> npt.NDArray[np.float32]:

@@ -200,7 +200,7 @@ class Scheduler:
     def _shared(self, sequence: Sequence, leader: Sequence | None) -> list[int]:
         """Pages of others that begin a sequence: published ones, or those of the sequence that computed its prompt."""
         most = sequence.request.shareable(sequence)
-        found = self.pages.find(sequence.tokens, most, sequence.request.submit.scope)
+        found = self.pages.find(sequence.tokens, most, sequence.request.scope)
         if leader is None or leader is sequence or leader.phase is not Phase.RUNNING:
             return found
         stored = min(most, sequence.prompt_length, leader.computed)
@@ -214,7 +214,7 @@ class Scheduler:
         return spare >= (0 if _pinned(sequence) or not self.running else len(self.running))
 
     def _start(self, sequence: Sequence, shared: list[int]) -> None:
-        self.pages.open(sequence.number, shared, len(sequence.tokens), sequence.request.submit.scope)
+        self.pages.open(sequence.number, shared, len(sequence.tokens), sequence.request.scope)
         sequence.computed = len(shared) * PAGE_SIZE
         sequence.phase = Phase.RUNNING
         self.waiting.remove(sequence)
@@ -224,7 +224,7 @@ class Scheduler:
         """For each prompt, how many of its tokens are published at present."""
         submit = request.submit
         leaders = request.sequences[:: submit.n]
-        pages = [self.pages.find(one.tokens, request.shareable(one), submit.scope) for one in leaders]
+        pages = [self.pages.find(one.tokens, request.shareable(one), request.scope) for one in leaders]
         return tuple(len(found) * PAGE_SIZE for found in pages)
 
     def check_integrity(self) -> None:

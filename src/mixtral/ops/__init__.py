@@ -5,7 +5,7 @@ from mixtral.ops.causal import causal_attention
 from mixtral.ops.grouped import Stacked, experts
 from mixtral.ops.losses import head_cross_entropy
 from mixtral.ops.passes import rms_norm, rope
-from mixtral.ops.reference import Pair, Route, linear, rope_angles, route
+from mixtral.ops.reference import Pair, Route, choose, linear, rope_angles, route
 from mixtral.ops.rows import gather_rows
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Stacked",
     "attention",
     "causal_attention",
+    "choose",
     "experts",
     "gather_rows",
     "head_cross_entropy",

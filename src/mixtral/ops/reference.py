@@ -17,6 +17,7 @@ __all__ = [
     "Pair",
     "Route",
     "attention",
+    "choose",
     "experts",
     "head_cross_entropy",
     "linear",
@@ -96,7 +97,11 @@ def route(x_TD: Tensor, gate_ED: Tensor, per_token: int) -> Route:
 
     Ties go to the lower expert id. Choosing on logits, not on probabilities, keeps the order where softmax underflows.
     """
-    logits_TE = F.linear(x_TD.float(), gate_ED.float())
+    return choose(F.linear(x_TD.float(), gate_ED.float()), per_token)
+
+
+def choose(logits_TE: Tensor, per_token: int) -> Route:
+    """The part of ``route`` that follows the logits."""
     # A stable sort, because topk does not promise which of two equal values comes first.
     order_TE = torch.sort(logits_TE.detach(), dim=-1, descending=True, stable=True).indices
     picks_TA = order_TE[:, :per_token].contiguous()

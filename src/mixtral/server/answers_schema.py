@@ -51,6 +51,7 @@ MODEL = _closed(
         "object": {"const": "model"},
         "created": _COUNT,
         "owned_by": _TEXT,
+        "root": _TEXT,
         "parent": {"type": ["string", "null"]},
         "max_model_len": _COUNT,
     }

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
 
@@ -23,6 +23,7 @@ from mixtral.server.supervisor import Spawn, Supervisor
 from mixtral.tokenizer import Tokenizer
 from mixtral.wire import (
     Abort,
+    AdapterInfo,
     Done,
     Failed,
     Heartbeat,
@@ -156,7 +157,8 @@ class Quarantine:
     def key(submit: Submit) -> bytes:
         """A digest of what the request asks of the engine."""
         params = msgspec.structs.replace(submit.params, seed=None)
-        asked = (submit.prompts, params, submit.n, submit.constraint, submit.routing, submit.routing_prompt)
+        routing = (submit.routing, submit.routing_prompt)
+        asked = (submit.prompts, params, submit.n, submit.constraint, *routing, submit.adapter)
         return hashlib.blake2b(msgspec.msgpack.encode(asked), digest_size=16).digest()
 
 
@@ -188,6 +190,11 @@ class Client:
     def name(self) -> str:
         """The name of the model in the API. This and the next ones raise ApiError until an engine was ready."""
         return self._known().name
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]:
+        """Those that a request can choose by name."""
+        return self._known().adapters
 
     @property
     def context(self) -> int:
@@ -304,6 +311,8 @@ class Client:
         """See Owner."""
         if self._hello is None:
             self._tokenizer = Tokenizer.from_version(hello.tokenizer, respell=hello.respell)
+            for name, adapter in hello.adapters.items():
+                _log.info("adapter %s (%s): %d bytes", name, adapter.root, adapter.size_bytes)
         elif msgspec.structs.replace(hello, cache_tokens=self._hello.cache_tokens) != self._hello:
             raise EngineError("the engine that was started again serves another model than before")
         self._hello = hello

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
 from mixtral.errors import MixtralError
 from mixtral.server.metrics import Metrics
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import Submit, Update
+from mixtral.wire import AdapterInfo, Submit, Update
 
 __all__ = ["Engine", "Facts", "Run", "State"]
 
@@ -31,12 +32,15 @@ class Run(Protocol):
 
 
 class Facts(Protocol):
-    """What a request is read for. ``context`` counts tokens of prompt and answer; ``cache_tokens`` is what one sequence
-    may need of the key-value cache.
+    """What a request is read for: a base, and adapters by name. ``context`` counts tokens of prompt and answer;
+    ``cache_tokens`` is what one sequence may need of the key-value cache.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterInfo]: ...
 
     @property
     def context(self) -> int: ...

@@ -54,7 +54,7 @@ class _Fields:
         prompts = int(PARTS["prompts x n"].high or 0)
         text = {"type": "string"}
         self._own: dict[str, Schema] = {
-            "model": {"enum": [engine.name]},
+            "model": {"enum": [engine.name, *engine.adapters]},
             "messages": _bounded(limits.CHAT["messages"]) | {"items": _message()},
             "prompt": {
                 "anyOf": [

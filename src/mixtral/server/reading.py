@@ -18,6 +18,7 @@ __all__ = ["CHAT", "COMPLETIONS", "DETOKENIZE", "TOKENIZE", "check_model", "read
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+_LISTED = 8  # names of models in an error
 Body = Mapping[str, Any]
 
 
@@ -30,9 +31,11 @@ def read(route: str, facts: Facts, body: bytes, holder: str, grammar: Grammar | 
 
 
 def check_model(name: str, facts: Facts) -> None:
-    """Raise a 404 for any other name than that of the model."""
-    if name != facts.name:
-        message = f"there is no model {show(name)}; this server has {facts.name!r}"
+    """Raise a 404 for any other name than those of the model and its adapters."""
+    if name != facts.name and name not in facts.adapters:
+        known = [facts.name, *facts.adapters]
+        more = f" and {len(known) - _LISTED} more, see /v1/models" if len(known) > _LISTED else ""
+        message = f"there is no model {show(name)}; this server has {', '.join(map(repr, known[:_LISTED]))}{more}"
         raise ApiError(404, "model_not_found", message, param="model")
 
 

@@ -45,21 +45,21 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
     }
 
 
-def _head(prefix: str, engine: Engine, kind: str) -> dict[str, Any]:
+def _head(prefix: str, engine: Engine, model: str, kind: str) -> dict[str, Any]:
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
-        "model": engine.name,
+        "model": model,
         "system_fingerprint": engine.fingerprint,
     }
 
 
 class ChatReply:
-    """``chat.completion`` and ``chat.completion.chunk`` objects of one answer."""
+    """``chat.completion`` and ``chat.completion.chunk`` objects of one answer of ``model``."""
 
-    def __init__(self, engine: Engine, *, logprobs: bool) -> None:
-        self.head = _head("chatcmpl", engine, "chat.completion.chunk")
+    def __init__(self, engine: Engine, model: str, *, logprobs: bool) -> None:
+        self.head = _head("chatcmpl", engine, model, "chat.completion.chunk")
         self.whole_head = self.head | {"object": "chat.completion"}
         self._tokenizer = engine.tokenizer
         self._logprobs = logprobs
@@ -112,10 +112,10 @@ class ChatReply:
 
 
 class CompletionReply:
-    """``text_completion`` objects of one or more answers."""
+    """``text_completion`` objects of one or more answers of ``model``."""
 
-    def __init__(self, engine: Engine, *, logprobs: bool) -> None:
-        self.head = self.whole_head = _head("cmpl", engine, "text_completion")
+    def __init__(self, engine: Engine, model: str, *, logprobs: bool) -> None:
+        self.head = self.whole_head = _head("cmpl", engine, model, "text_completion")
         self._tokenizer = engine.tokenizer
         self._logprobs = logprobs
 

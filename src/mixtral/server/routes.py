@@ -161,13 +161,18 @@ class Routes:
         return await call(self._threads, read, route, self._engine, body, holder, self._grammar)
 
     def _models(self) -> dict[str, dict[str, Any]]:
-        """Name -> description of the base model; an adapter's ``parent`` would be its name."""
-        description = {
-            "id": self._engine.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "mixtral",
-            "parent": None,
-            "max_model_len": self._engine.context,
+        """Name -> description of the base, and of each adapter, whose ``parent`` is the base."""
+        base = self._engine.name
+        roots = {base: base} | {name: adapter.root for name, adapter in self._engine.adapters.items()}
+        return {
+            name: {
+                "id": name,
+                "object": "model",
+                "created": self._created,
+                "owned_by": "mixtral",
+                "root": root,
+                "parent": None if name == base else base,
+                "max_model_len": self._engine.context,
+            }
+            for name, root in roots.items()
         }
-        return {self._engine.name: description}

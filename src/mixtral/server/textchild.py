@@ -17,7 +17,7 @@ from mixtral.server.reading import read
 from mixtral.server.texts import Answer, Ask, FromText, Model, Part, Ready, Refused, ToText, in_parts
 from mixtral.server.work import Prepared
 from mixtral.tokenizer import Tokenizer
-from mixtral.wire import Channel, ChannelClosedError, frames_of
+from mixtral.wire import AdapterInfo, Channel, ChannelClosedError, frames_of
 from mixtral.wire.child import confine
 
 __all__ = ["main"]
@@ -30,6 +30,7 @@ class _Facts:
     """See ``Facts``."""
 
     name: str
+    adapters: Mapping[str, AdapterInfo]
     context: int
     cache_tokens: int
     vocab_size: int
@@ -116,7 +117,8 @@ def _answer(channel: Channel[ToText], ask: Ask, facts: _Facts, body: bytes, gram
 
 def _known(model: Model) -> _Facts:
     tokenizer = Tokenizer.from_version(model.tokenizer, respell=model.respell)
-    return _Facts(model.name, model.context, model.cache_tokens, model.vocab_size, model.layers, tokenizer)
+    sizes = (model.context, model.cache_tokens, model.vocab_size, model.layers)
+    return _Facts(model.name, model.adapters, *sizes, tokenizer)
 
 
 if __name__ == "__main__":

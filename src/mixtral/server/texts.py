@@ -18,7 +18,7 @@ from mixtral.server.engine import Facts
 from mixtral.server.errors import ApiError, overloaded
 from mixtral.server.supervisor import EXHAUSTED
 from mixtral.server.work import Prepared
-from mixtral.wire import ChannelError, Frames, frames_of
+from mixtral.wire import AdapterInfo, ChannelError, Frames, frames_of
 
 __all__ = ["Answer", "Ask", "FromText", "Model", "Part", "Ready", "Refused", "Texts", "ToText", "in_parts"]
 
@@ -38,6 +38,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, tag="model", forbid_unkno
     """
 
     name: str
+    adapters: dict[str, AdapterInfo]
     context: int
     cache_tokens: int
     vocab_size: int
@@ -138,6 +139,7 @@ class Texts:
         tokenizer = facts.tokenizer
         model = Model(
             name=facts.name,
+            adapters=dict(facts.adapters),
             context=facts.context,
             cache_tokens=facts.cache_tokens,
             vocab_size=facts.vocab_size,

@@ -94,7 +94,7 @@ def begin(engine: Engine, prepared: Prepared) -> Work:
             for offset in prepared.offsets
             for choice in range(submit.n)
         ],
-        reply=make(engine, logprobs=submit.params.logprobs is not None),
+        reply=make(engine, submit.adapter or engine.name, logprobs=submit.params.logprobs is not None),
         routing=Collected(prepared.telemetry, layers=engine.layers, experts=engine.experts),
         include_usage=prepared.include_usage,
         echoes=prepared.echoes,
@@ -113,7 +113,7 @@ def prepare_chat(facts: Facts, request: ChatRequest, grammar: Grammar | None, ho
     limits, sources = constraint(form, tokenizer, grammar, continues=continues)
     return Prepared(
         chat=True,
-        submit=_submit([ids], params, options, limits, holder),
+        submit=_submit(facts, [ids], params, options, limits, holder),
         sources=sources,
         stop=options.stop,
         calls="offered" if form.offers_calls else "refused",
@@ -142,7 +142,7 @@ def prepare_completion(facts: Facts, request: CompletionRequest, grammar: Gramma
         offsets = [len(echo(tokenizer, prompt, ()).text) for prompt in request.prompts]
     return Prepared(
         chat=False,
-        submit=_submit(prompts, params, options, limits, holder),
+        submit=_submit(facts, prompts, params, options, limits, holder),
         sources=sources,
         stop=options.stop,
         continues=True,
@@ -156,7 +156,12 @@ def prepare_completion(facts: Facts, request: CompletionRequest, grammar: Gramma
 
 
 def _submit(
-    prompts: list[list[int]], params: SamplingParams, options: Options, limits: Constraint | None, holder: str
+    facts: Facts,
+    prompts: list[list[int]],
+    params: SamplingParams,
+    options: Options,
+    limits: Constraint | None,
+    holder: str,
 ) -> Submit:
     # Cached prefixes are those of the same key, model and prompt_cache_key.
     scope = "\x1f".join((holder, options.model, options.cache_key))
@@ -170,6 +175,7 @@ def _submit(
         priority=options.priority,
         routing=options.telemetry.mode != "none",
         routing_prompt=options.telemetry.prompt,
+        adapter=None if options.model == facts.name else options.model,
     )
 
 

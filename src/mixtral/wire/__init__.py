@@ -3,6 +3,7 @@
 from mixtral.wire.channel import Channel, ChannelClosedError, ChannelError, Frames, frames_of
 from mixtral.wire.messages import (
     Abort,
+    AdapterInfo,
     Candidate,
     Constraint,
     Done,
@@ -29,6 +30,7 @@ from mixtral.wire.sampling import SamplingParams
 
 __all__ = [
     "Abort",
+    "AdapterInfo",
     "Candidate",
     "Channel",
     "ChannelClosedError",

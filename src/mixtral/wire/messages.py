@@ -10,6 +10,7 @@ from mixtral.wire.sampling import SamplingParams
 
 __all__ = [
     "Abort",
+    "AdapterInfo",
     "Candidate",
     "Constraint",
     "Done",
@@ -57,8 +58,9 @@ class Constraint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", forbid_unknown_fields=True):
     """The first message to an engine process: what to load, as in ``mixtral.load``, and how to run it.
 
-    None takes the default. ``max_model_len`` may only shorten the context. ``cache_bytes`` is the memory for keys and
-    values. ``parent`` is the process that the engine must not outlive. ``faults`` are failpoints, for tests alone.
+    None takes the default. ``adapters`` are folders by name, for requests that choose one. ``max_model_len`` may only
+    shorten the context. ``cache_bytes`` is the memory for keys and values. ``parent`` is the process that the engine
+    must not outlive. ``faults`` are failpoints, for tests alone.
     """
 
     model: str = "embedded"
@@ -71,6 +73,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", forbid_unkno
     kv_dtype: str | None = None
     packed_cache: str | None = None
     adapter: str | None = None
+    adapters: dict[str, str] = {}
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
@@ -88,7 +91,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
 
     ``scope`` separates prefix caches: pages are shared between requests of equal scope only. Of two requests that wait,
     the one with the lower ``priority`` comes first. ``routing`` asks for the experts of every token that is computed,
-    of the prompt too with ``routing_prompt`` (which then is computed even where a cached prefix would do).
+    of the prompt too with ``routing_prompt`` (which then is computed even where a cached prefix would do). ``adapter``
+    is the name of one in ``Hello``; None is the base.
     """
 
     request: str
@@ -100,6 +104,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
     priority: int = 0
     routing: bool = False
     routing_prompt: bool = False
+    adapter: str | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -215,11 +220,18 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     expert_tokens: list[list[int]] = []
 
 
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An adapter that requests can choose: the last part of its path, and the memory that it takes."""
+
+    root: str
+    size_bytes: int
+
+
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """The first message of an engine process: what it serves.
 
     ``tokenizer`` is v1, v2 or v3; ``respell`` maps ids that were not trained to the ids that spell them.
-    ``cache_tokens`` is what the pages hold: a sequence that needs more is refused.
+    ``cache_tokens`` is what the pages hold: a sequence that needs more is refused. ``adapters`` are by name.
     """
 
     name: str
@@ -231,6 +243,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     respell: dict[int, tuple[int, ...]] = {}
     cache_tokens: int
     fingerprint: str
+    adapters: dict[str, AdapterInfo] = {}
 
 
 class Scheduled(msgspec.Struct, frozen=True, kw_only=True, tag="scheduled"):
