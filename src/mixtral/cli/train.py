@@ -186,14 +186,16 @@ def _values(
 def _setting(text: str) -> tuple[str, Any]:
     """``run.epochs=2``: the value as TOML has it, or else as text."""
     name, equals, value = text.partition("=")
-    if not equals:
-        from mixtral.errors import ConfigError
+    from mixtral.errors import ConfigError
 
+    if not equals:
         raise ConfigError(f"--set is {text!r}; expected TABLE.KEY=VALUE", param="set")
     try:
         return name.strip(), tomllib.loads(f"x = {value}")["x"]
     except tomllib.TOMLDecodeError:
         return name.strip(), value.strip()
+    except (ValueError, RecursionError) as error:  # more digits than Python reads, or brackets without end
+        raise ConfigError(f"--set {name.strip()}: not TOML ({error})", param="set") from None
 
 
 def _fine_tune(

@@ -231,6 +231,7 @@ def read_table(kind: type[C], values: Mapping[str, Any], name: str, source: str)
     table, source = table_of(values, name, source), f"{source}: {name}"
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     refuse_unknown(table, list(fields), source)
+    _refuse_huge(table, source)
     for key, value in table.items():
         wanted = str(fields[key].type)
         fits = {
