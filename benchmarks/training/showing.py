@@ -55,7 +55,7 @@ def _curves(path: Path, methods: Mapping[str, Any]) -> None:
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    for colour, row in zip(_COLOURS, methods.values(), strict=True):
+    for colour, row in zip(_COLOURS, methods.values(), strict=False):
         losses = row["losses"]
         means = [sum(part) / len(part) for part in (losses[max(0, end - 5) : end] for end in range(1, len(losses) + 1))]
         axes.plot(range(1, len(means) + 1), means, color=colour, label=f"{row['label']}, {row['rate']:g}")

@@ -251,14 +251,23 @@ def report(folder: Path, json_path: Path | None, images: Path | None) -> None:
     loads = None
     for name, method in METHODS.items():
         home = folder / name
-        whole, alone = _read(home / "whole.json"), _read(home / "timed.json")
+        if not (home / "scores.json").exists():
+            print(f"{method.label}: not scored yet, left out")
+            continue
+        whole = _read(home / "whole.json")
+        alone = _read(home / "timed.json") if (home / "timed.json").exists() else whole
         if name == "full":
             loads = whole["loads"]
         found["methods"][name] = {
             "label": method.label,
-            "rates": {f"{rate:g}": _read(home / f"rate-{rate:g}.json")["validation_loss"] for rate in method.rates},
+            "rates": {
+                f"{rate:g}": _read(home / f"rate-{rate:g}.json")["validation_loss"]
+                for rate in method.rates
+                if (home / f"rate-{rate:g}.json").exists()
+            },
             **{key: value for key, value in whole.items() if key not in ("loads", "seconds_per_step")},
             "seconds": alone["seconds_per_step"] * STEPS,
+            "timed_alone": alone is not whole,
             "scores": _read(home / "scores.json"),
         }
     _write(folder / "results.json", found)
