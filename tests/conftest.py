@@ -12,10 +12,11 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the long tests of random requests are."""
+    """How long the long tests of random requests are, and how often a training is killed."""
     parser.addoption(
         "--raw-requests", type=int, default=20_000, help="raw HTTP requests of tests/security/test_fuzz.py"
     )
+    parser.addoption("--kills", type=int, default=10, help="kills in a save of tests/train/test_kills.py")
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from mixtral.adapters import LoraConfig
+from mixtral.adapters.factors import new_factors
 from mixtral.config import MixtralConfig, preset
 from mixtral.errors import ConfigError
 from mixtral.model import Batch, Documents, Mixtral, initialise
 from mixtral.parallel.plan import Axes, region
 from mixtral.parallel.shards import shapes_of
-from mixtral.plan import activation_bytes_per_token, training_memory
+from mixtral.plan import (
+    activation_bytes_per_token,
+    adapter_parameters,
+    count_parameters,
+    training_memory,
+    tuning_memory,
+)
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
@@ -78,3 +86,47 @@ def test_the_table_of_the_document_is_computed() -> None:
         memory = training_memory(preset(name.lower()), dp=axes.dp, tp=axes.tp, ep=axes.ep)
         found = [memory.kept, memory.gradients, memory.gathered, memory.activations, memory.total]
         assert [cell.strip() for cell in cells.split("|")] == [str(axes.world), *(f"{n / 1e9:.1f}" for n in found)]
+
+
+@pytest.mark.parametrize(("rank", "expert_rank"), [(16, 16), (16, 4), (8, 0), (0, 8)])
+def test_adapters_have_as_many_numbers(rank: int, expert_rank: int) -> None:
+    config = preset("tiny")
+    attention, experts = ("q", "k", "v", "o"), ("gate_up", "down")
+    targets = (attention if rank else ()) + (experts if expert_rank else ())
+    lora = LoraConfig(rank=rank or expert_rank, expert_rank=expert_rank or None, targets=targets)
+    factors = new_factors(config, lora, torch.float32).values()
+    assert adapter_parameters(config, rank=rank, expert_rank=expert_rank) == sum(
+        pair.a.numel() + pair.b.numel() for pair in factors
+    )
+
+
+def test_a_quantised_base_takes_less() -> None:
+    config = preset("8x7b")
+    found = [
+        tuning_memory(config, trained=1000, adapter=True, precision=precision) for precision in ("bf16", "int4-g32")
+    ]
+    assert found[0].total - found[1].total == found[0].base - found[1].base > 60e9
+    assert found[0].trained == 20_000
+    with pytest.raises(ConfigError, match="trained is 0"):
+        tuning_memory(config, trained=0, adapter=True)
+
+
+def test_the_table_of_recipes_is_computed() -> None:
+    rows = re.findall(r"^\| (8x\d+B) \| (\w.+?) \|(.+)\|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 10
+    for name, what, cells in rows:
+        config = preset(name.lower())
+        expert = 3 * config.hidden_size * config.intermediate_size
+        trained, precision = {
+            "all weights": (count_parameters(config).total, "bf16"),
+            "one expert per layer": (config.num_hidden_layers * expert, "bf16"),
+            "LoRA": (adapter_parameters(config, rank=16, expert_rank=16), "bf16"),
+            "LoRA, attention": (adapter_parameters(config, rank=16, expert_rank=0), "bf16"),
+            "QLoRA": (adapter_parameters(config, rank=16, expert_rank=16), "int4-g32"),
+        }[what]
+        memory = tuning_memory(config, trained=trained, adapter="LoRA" in what, precision=precision)
+        found = [memory.base, memory.trained, memory.activations, memory.total]
+        assert [cell.strip() for cell in cells.split("|")] == [
+            f"{trained / 1e6:,.0f}",
+            *(f"{n / 1e9:.1f}" for n in found),
+        ]

@@ -15,7 +15,14 @@ from mixtral.plan.sizes import (
     step_cost,
     weight_bytes,
 )
-from mixtral.plan.training import TrainingMemory, activation_bytes_per_token, training_memory
+from mixtral.plan.training import (
+    TrainingMemory,
+    TuningMemory,
+    activation_bytes_per_token,
+    adapter_parameters,
+    training_memory,
+    tuning_memory,
+)
 
 __all__ = [
     "PRECISIONS",
@@ -23,7 +30,9 @@ __all__ = [
     "Precision",
     "TensorCounts",
     "TrainingMemory",
+    "TuningMemory",
     "activation_bytes_per_token",
+    "adapter_parameters",
     "count_parameters",
     "count_tensors",
     "expected_experts",
@@ -33,5 +42,6 @@ __all__ = [
     "overlap_chance",
     "step_cost",
     "training_memory",
+    "tuning_memory",
     "weight_bytes",
 ]

@@ -1,7 +1,8 @@
-"""Memory of training from all weights, per rank: exact for what is kept, by formula for what comes and goes.
+"""Memory of training, per rank: exact for what is kept, by formula for what comes and goes.
 
-Float32 values, gradients and moments (two for AdamW, one for Muon), split over the ranks of dp, tp and ep as
-``mixtral.parallel`` does; layers brought together in bfloat16; and what the backward pass needs of every token.
+Of pretraining: float32 values, gradients and moments (two for AdamW, one for Muon), split over the ranks of dp, tp and
+ep as ``mixtral.parallel`` does; layers brought together in bfloat16; and what the backward pass needs of every token.
+Of fine-tuning: the base in the form that it is held in, and all that belongs to a number that is trained.
 """
 
 from __future__ import annotations
@@ -10,9 +11,16 @@ from dataclasses import dataclass
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import ConfigError
-from mixtral.plan.sizes import count_parameters
+from mixtral.plan.sizes import count_parameters, weight_bytes
 
-__all__ = ["TrainingMemory", "activation_bytes_per_token", "training_memory"]
+__all__ = [
+    "TrainingMemory",
+    "TuningMemory",
+    "activation_bytes_per_token",
+    "adapter_parameters",
+    "training_memory",
+    "tuning_memory",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +71,54 @@ def training_memory(
         gathered=round(gathered),
         activations=tokens * activation_bytes_per_token(config, tp=tp, ep=ep),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuningMemory:
+    """Bytes of one process that fine-tunes with AdamW."""
+
+    base: int
+    trained: int  # gradients, two moments, masters or the numbers of an adapter
+    activations: int
+    loading: int  # for a while, before the first step: exact values of all weights beside those of the run
+
+    @property
+    def total(self) -> int:
+        """At the fullest moment, of the start or of a step. Buffers of the allocator come on top."""
+        return max(self.loading, self.base + self.trained + self.activations)
+
+
+def tuning_memory(
+    config: MixtralConfig, *, trained: int, adapter: bool, precision: str = "bf16", tokens: int = 4096
+) -> TuningMemory:
+    """Memory of fine-tuning ``trained`` numbers, ``tokens`` tokens at a time, beside a base in ``precision``.
+
+    An adapter has its numbers and their masters, gradients and two moments, all float32: 20 bytes each. Weights that
+    are trained themselves have masters, gradients, moments, and the gradient of the backward pass in bfloat16: 18
+    bytes, beside the base.
+
+    Raises:
+        ConfigError: there is no such precision, or nothing is trained.
+    """
+    if trained < 1:
+        raise ConfigError(f"trained is {trained}; expected at least 1", param="trained")
+    base = weight_bytes(config, precision)
+    return TuningMemory(
+        base=base,
+        trained=trained * (20 if adapter else 18),
+        activations=tokens * activation_bytes_per_token(config),
+        loading=base if adapter else base + 4 * count_parameters(config).total,
+    )
+
+
+def adapter_parameters(config: MixtralConfig, *, rank: int, expert_rank: int) -> int:
+    """Numbers of an adapter of q, k, v, o with ``rank`` and of all experts with ``expert_rank``; 0 leaves them out."""
+    width, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    attention = rank * 2 * ((width + heads) + (width + keys))
+    experts = config.num_local_experts * expert_rank * ((width + 2 * inner) + (inner + width))
+    return config.num_hidden_layers * (attention + experts)
 
 
 def activation_bytes_per_token(config: MixtralConfig, *, tp: int = 1, ep: int = 1) -> int:

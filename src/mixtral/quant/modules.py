@@ -20,7 +20,7 @@ from mixtral.quant.panels import Panels, expert_set, run_experts
 
 __all__ = ["PackedEmbedding", "PackedExperts", "PackedLinear", "SharedEmbedding", "SharedHead"]
 
-PANEL_VALUES = 1 << 24
+PANEL_VALUES = 1 << 22
 
 
 class PackedLinear(nn.Module):

@@ -19,7 +19,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -238,13 +238,19 @@ def _step_of(path: Path) -> int:
 
 
 def _remove_old(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest whole states. What is damaged or cannot be read does not count, and stays."""
+    """Remove all but the newest whole states. What is damaged or cannot be read does not count, and stays.
+
+    Each gets the name of an unfinished one first: if this is interrupted, the next save removes the rest.
+    """
     try:
         whole = [path for path in _numbered(folder) if _is_whole(path)]
     except OSError:
         return
     for old in whole[:-keep_last]:
-        shutil.rmtree(old, ignore_errors=True)
+        going = old.with_name(f"{old.name}.tmp")
+        with suppress(OSError):
+            old.replace(going)
+            shutil.rmtree(going, ignore_errors=True)
 
 
 def _is_whole(path: Path) -> bool:
