@@ -236,8 +236,8 @@ def test_runs_that_are_killed_while_saving_end_like_one_that_is_not(
             assert other_tensors(folder, expected) == []
             assert log(folder) == records
             kept = {path.name for path in folder.glob("step-*")} - set(unfinished(folder))
-            # A kill after the last commit leaves one whole state more: nothing is saved after it.
-            assert kept - {f"step-{STEPS - 2:08}"} == {f"step-{number:08}" for number in (STEPS - 1, STEPS)}
+            # A kill after a commit leaves older states, which only a later save removes.
+            assert kept >= {f"step-{number:08}" for number in (STEPS - 1, STEPS)}
             assert all((folder / name / "COMMIT").exists() for name in kept)
     print(f"{kills.counted} kills in a save, {kills.runs} runs, {kills.rounds} whole trainings of {STEPS} steps:")
     print(f"{dict(kills.moments)}; {len(expected)} tensors of each equal to the last bit")
