@@ -22,7 +22,7 @@ import mixtral
 from mixtral.cli import main
 from mixtral.config import MixtralConfig
 from mixtral.errors import MixtralError
-from mixtral.model.mixtral import Mixtral
+from mixtral.model import Mixtral, initialise
 from mixtral.weights import save_model
 
 Capture = pytest.CaptureFixture[str]
@@ -290,7 +290,9 @@ def test_wrong_option(kind: str, good: Path, tmp_path: Path, capsys: Capture) ->
     arguments, message = OPTIONS[kind]
     for name, text in TRAINING.items():
         (tmp_path / f"{name}.toml").write_text(text)
-    save_model(Mixtral(CONFIG.replace(vocab_size=40), device="cpu", dtype=torch.float32), tmp_path / "ids")
+    ids = Mixtral(CONFIG.replace(vocab_size=40), device="cpu", dtype=torch.float32)
+    initialise(ids, seed=0)
+    save_model(ids, tmp_path / "ids")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         places = {"{good}": str(good), "{new}": str(tmp_path), "{port}": port}

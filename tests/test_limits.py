@@ -20,6 +20,7 @@ class Described:
     """What the document needs to know of an engine."""
 
     name, context, cache_tokens, vocab_size, layers, experts, fingerprint = "m", 4096, 4096, 32768, 4, 8, "fp"
+    adapters = ("town",)
 
 
 def fields(path: str) -> dict[str, Any]:

@@ -242,8 +242,8 @@ def test_a_step_that_is_not_finite_is_refused_and_the_last_state_stays(
     calls: list[int] = []
     losses = recipe.router_losses
 
-    def poisoned(routes: tuple[Route, ...]) -> tuple[Tensor, Tensor]:
-        balance, z = losses(routes)
+    def poisoned(routes: tuple[Route, ...], **options: Any) -> tuple[Tensor, Tensor]:
+        balance, z = losses(routes, **options)
         calls.append(1)
         return (balance * math.nan if len(calls) == 3 else balance), z
 
@@ -267,8 +267,8 @@ def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(
         loss, rest = entropy(*args, **options)
         return loss + plus["loss"], rest
 
-    def poisoned_losses(routes: tuple[Route, ...]) -> tuple[Tensor, Tensor]:
-        balance, z = losses(routes)
+    def poisoned_losses(routes: tuple[Route, ...], **options: Any) -> tuple[Tensor, Tensor]:
+        balance, z = losses(routes, **options)
         return balance + plus["balance"], z + plus["z"]
 
     monkeypatch.setattr(recipe, "head_cross_entropy", poisoned_entropy)
