@@ -60,7 +60,7 @@ def load(base: str, config: MixtralConfig, home: Path) -> Mixtral:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(base, marks=[pytest.mark.slow] * (at % 2 == 0)) for at, base in enumerate(BASES)],
+    params=[pytest.param(base, marks=[pytest.mark.slow] * (base != "q4_k_m")) for base in BASES],
 )
 def both(
     request: pytest.FixtureRequest, tiny_config: MixtralConfig, tmp_path_factory: pytest.TempPathFactory

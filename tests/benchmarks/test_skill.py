@@ -89,6 +89,7 @@ def test_the_table_has_a_row_for_each() -> None:
     )
 
 
+@pytest.mark.slow
 def test_pictures_are_written(tmp_path: Path) -> None:
     write_pictures(tmp_path, results(), [[[0.5, 1.5]] * 8] * 4)
     for name in ("curves", "skill", "loads"):
