@@ -382,6 +382,7 @@ def test_wrong_body(kind: str, client: TestClient) -> None:
     assert message in answer.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_no_traceback_in_a_real_process(good: Path) -> None:
     """The same through the installed entry point: nothing but the line on standard error."""
     import subprocess

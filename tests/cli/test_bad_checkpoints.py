@@ -283,6 +283,7 @@ def grow(path: Path, start: bytes, size: int) -> None:
     os.truncate(path, size)
 
 
+@pytest.mark.slow
 def test_time_and_memory_are_bounded(good: Path, tmp_path: Path) -> None:
     """Files of up to 2 TB, nearly all of it holes, that a reader who trusts them would read or allocate."""
     tera = 1 << 41
@@ -350,6 +351,7 @@ def test_time_and_memory_are_bounded(good: Path, tmp_path: Path) -> None:
         assert taken < 500 << 20, command
 
 
+@pytest.mark.slow
 def test_the_process_says_one_line(good: Path, tmp_path: Path) -> None:
     """The same through the installed entry point."""
     folder = shutil.copytree(good / "pth", tmp_path / "model")

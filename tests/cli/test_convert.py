@@ -185,6 +185,7 @@ def test_gguf_holds_the_vocabulary(folder: Path, tmp_path: Path, capsys: Capture
         mixtral.load(tmp_path / "other.gguf")
 
 
+@pytest.mark.slow
 def test_quantize_says_what_it_costs(tmp_path: Path, capsys: Capture) -> None:
     generator = torch.Generator().manual_seed(8)
     config = CONFIG.replace(hidden_size=256, intermediate_size=256, head_dim=128, vocab_size=32768)

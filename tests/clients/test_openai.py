@@ -12,7 +12,7 @@ import pytest
 
 from desk import BIKE, DATE, DAY, FACT, FULL, LOST, NEXT, QUESTION, TOOL, BookBike, Lost
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 MODEL = "embedded"
 ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
 

@@ -179,6 +179,7 @@ def test_bytes_may_come_as_tensors_and_in_any_shape(tmp_path: Path) -> None:
     assert [data[entry.start : entry.stop] for entry in read_gguf(path).tensors.values()] == [bytes(range(36))] * 4
 
 
+@pytest.mark.slow
 def test_one_tensor_at_a_time(tmp_path: Path) -> None:
     """Each record is asked once, in order, when the one before it is gone."""
     alive: list[weakref.ref[Any]] = []

@@ -96,6 +96,7 @@ def test_ids_that_were_never_trained_are_masked(embedded: Grammar) -> None:
             validate(schema, text_of(embedded.tokenizer, ids))
 
 
+@pytest.mark.slow
 def test_trials_use_the_same_vocabulary(embedded: Grammar) -> None:
     guard = Guard(embedded.tokenizer, workers=1)
     try:

@@ -246,6 +246,7 @@ def test_eating_memory_is_survived() -> None:
         guard.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_dead_or_stopped_process_is_replaced(how: signal.Signals) -> None:
     guard = Guard(Tokenizer("v3"), workers=1, limits=Limits(seconds=1.5, cache_bytes=0))

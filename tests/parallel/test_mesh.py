@@ -75,6 +75,7 @@ def test_ranks_of_one_machine_stay_on_the_loopback_interface() -> None:
     assert environment == {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "lo"}
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes_is_an_error_in_time(started_as: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(TrainingError, match="rank 0 of 2 cannot meet the others"),

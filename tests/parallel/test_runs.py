@@ -121,6 +121,7 @@ def test_a_state_is_read_by_another_layout(two: Ranks, nano: Nano, tmp_path: Pat
     assert same(state(tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_a_state_of_one_process_goes_on_on_two_and_back(two: Ranks, nano: Nano, tmp_path: Path) -> None:
     tables = nano(run={"steps": 6})
     straight = runs.train(None, tables, str(tmp_path / "straight"))

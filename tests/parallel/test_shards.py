@@ -15,6 +15,7 @@ def wrong(results: list[tuple[float, dict[str, float], float]], most: float) -> 
     return sorted(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_data_parallel(two: Ranks, micro_batches: int) -> None:
     assert wrong(two("jobs:parity", "dp=2", None, micro_batches), 1e-6) == []

@@ -302,6 +302,7 @@ print("after")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "twice", "ending"), [(signal.SIGTERM, False, "[DONE]"), (signal.SIGINT, True, "server_shutting_down")]
 )

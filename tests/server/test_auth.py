@@ -372,6 +372,7 @@ serve(ThreadEngine(FakeEngine(), config), config, on_ready=lambda url: print(url
 """
 
 
+@pytest.mark.slow
 def test_sighup_reads_the_keys_again(tmp_path: Path) -> None:
     import subprocess
     import sys

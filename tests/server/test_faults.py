@@ -189,6 +189,7 @@ def test_prompts_just_over_and_far_over_are_refused_with_both_numbers(path: str)
 # --- choices that stop ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_choice_that_finds_its_stop_string_stops_computing() -> None:
     tokenizer = Tokenizer.from_version("v3")
     first, second = (
@@ -213,6 +214,7 @@ def test_a_choice_that_finds_its_stop_string_stops_computing() -> None:
 # --- quarantine -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_requests_that_only_waited_at_two_deaths_are_not_blamed(pool: ThreadPoolExecutor) -> None:
     config = ServerConfig(port=0, drain_s=1.0, engine_deaths=100)
     with serving(spawn(0.01, f"prompt:{MARK}:exit", slots=1), config) as (address, client, _):

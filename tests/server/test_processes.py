@@ -105,6 +105,7 @@ def test_an_engine_that_talks_nonsense_is_replaced(pool: ThreadPoolExecutor, kin
         assert complete(address, [5, 7], 10).status_code == 200
 
 
+@pytest.mark.slow
 def test_until_it_is_ready_requests_are_told_to_come_back() -> None:
     with serving(spawn(load_s=1.0), wait=False) as (address, client, _):
         assert httpx.get(address + "/health").json() == {"status": "starting"}
@@ -160,6 +161,7 @@ def test_a_restarted_engine_that_cannot_be_built_ends_the_server() -> None:
         assert "there is no model 'broken'" in str(server.fault)
 
 
+@pytest.mark.slow
 def test_a_request_that_kills_twice_is_not_run_a_third_time(pool: ThreadPoolExecutor) -> None:
     with serving(spawn(0.01, f"prompt:{MARK}:exit"), fails=True) as (address, client, server):
         for n in range(2):
@@ -232,6 +234,7 @@ def test_the_wall_clock_may_jump(monkeypatch: pytest.MonkeyPatch, pool: ThreadPo
         assert client.supervisor.restarts == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_stood_still_does_not_blame_the_engine(pool: ThreadPoolExecutor) -> None:
     """The event loop is blocked for longer than a stall may last; what the engine said meanwhile is read first."""
     config = ServerConfig(port=0, drain_s=1.0, engine_stall_s=1.2)

@@ -53,6 +53,7 @@ def check_gone(process: subprocess.Popen[str], engines: list[int], code: int) ->
     until(lambda: not any(alive(pid) for pid in engines))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_finish_and_refuses_new_ones(number: signal.Signals, pool: ThreadPoolExecutor) -> None:
     with program(delay_s=0.02, config={"drain_s": 20}) as (address, process):
@@ -151,6 +152,7 @@ def test_a_bad_key_file_and_broken_connections_under_load_change_nothing(
     assert "first-key" not in log
 
 
+@pytest.mark.slow
 def test_signals_to_the_whole_group_do_not_end_the_engine_early(pool: ThreadPoolExecutor) -> None:
     with program(delay_s=0.02, config={"drain_s": 20}) as (address, process):
         (engine,) = children(process.pid)

@@ -192,6 +192,7 @@ def test_far_too_much_is_refused_at_the_door_and_the_rest_is_answered(pool: Thre
         until(lambda: idle(client))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_waits_too_long_is_told_and_forgotten(pool: ThreadPoolExecutor, stream: bool) -> None:
     config = ServerConfig(port=0, drain_s=1.0, queue_timeout_s=0.5)

@@ -49,6 +49,7 @@ def gradients(config: PretrainConfig, folder: Path) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stopped_and_a_killed_run_end_bitwise_like_a_straight_one(tmp_path: Path, nano: Nano, dtype: str) -> None:
     config = nano(run={"dtype": dtype})
