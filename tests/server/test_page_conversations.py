@@ -12,7 +12,7 @@ from pagefake import SHOWN, PageServer, Reply
 from pageuser import PageUser
 from selenium.webdriver.common.keys import Keys
 
-pytestmark = [pytest.mark.page]
+pytestmark = [pytest.mark.page, pytest.mark.slow]
 
 
 def listed(user: PageUser) -> list[str]:

@@ -12,7 +12,7 @@ from pageuser import PageUser
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-pytestmark = [pytest.mark.page]
+pytestmark = [pytest.mark.page, pytest.mark.slow]
 TEXT = "Breakfast is from 07:00 to 10:30."
 TOKENS = tokens_of(TEXT)
 

@@ -7,7 +7,7 @@ from pagefake import PageServer, Reply
 from pageuser import PageUser
 from selenium.webdriver.common.keys import Keys
 
-pytestmark = [pytest.mark.page]
+pytestmark = [pytest.mark.page, pytest.mark.slow]
 CALLS = [("get_hours", '{"place": "Castle"}'), ("get_price", '{"item": "ticket"}')]
 
 
