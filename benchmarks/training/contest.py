@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -75,8 +76,8 @@ def compete(names: Sequence[str], arguments: Mapping[str, Any], *, turns: int, s
     Of each: tokens/s of the turns and their median, the losses of all steps, the loss at step 20, peak memory.
     """
     found = {name: _Found() for name in names}
-    open_ones = [Contender(name, arguments) for name in names]
-    try:
+    with ExitStack() as stack:
+        open_ones = [stack.enter_context(Contender(name, arguments)) for name in names]
         for turn in range(turns + 1):
             for each in open_ones:
                 told = each.train(steps)
@@ -87,9 +88,6 @@ def compete(names: Sequence[str], arguments: Mapping[str, Any], *, turns: int, s
                 one.peak = told["peak"]
                 speed = told["tokens"] / told["seconds"]
                 sys.stderr.write(f"turn {turn} {each.name:14s} {speed:8.0f} tok/s  loss {told['losses'][-1]:.4f}\n")
-    finally:
-        for each in open_ones:
-            each.__exit__()
     return {
         name: {
             "tokens_per_second": statistics.median(one.speeds),
