@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor
 from mixtral.adapters import Adapter, Selection, attach, attach_experts
 from mixtral.desk.source import Source
 from mixtral.errors import ConfigError, TrainingError
-from mixtral.train import checkpoint
 from mixtral.train.data import TokenBatch
 from mixtral.train.lines import Doc, Lines
 from mixtral.train.loop import StepReport, drive
@@ -105,19 +103,15 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
             TrainingError: the run cannot start or go on, or the last state could not be saved.
             ConfigError, CheckpointError: the model cannot be loaded or trained in this way.
         """
-        started = time.monotonic()
-        with checkpoint.exclusive(folder):
-            run = cls(config, folder, base)
-            on_ready(run)
-            drive(
-                run,
-                on_step=on_step,
-                on_validation=on_validation,
-                max_seconds=max_seconds,
-                stopping=stopping,
-                started=started,
-            )
-        return run
+        return drive(
+            folder,
+            lambda: cls(config, folder, base),
+            on_ready=on_ready,
+            on_step=on_step,
+            on_validation=on_validation,
+            max_seconds=max_seconds,
+            stopping=stopping,
+        )
 
     @abstractmethod
     def read(self, path: Path, held_out_percent: int) -> Lines[T]:

@@ -6,12 +6,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mixtral.errors import TrainingError
 from mixtral.parallel.mesh import Mesh
+from mixtral.train import checkpoint
 from mixtral.train.config import OptimConfig, RunConfig
 from mixtral.train.log import Log
 
@@ -100,33 +102,51 @@ class Run(Protocol):
         ...
 
 
+R = TypeVar("R", bound=Run)
+
+
 def drive(
-    run: Run,
+    folder: Path,
+    build: Callable[[], R],
     *,
+    on_ready: Callable[[R], None] = lambda run: None,
     on_step: Callable[[StepReport], None],
     on_validation: Callable[[int, float], None] = lambda step, loss: None,
     max_seconds: float | None = None,
     stopping: Callable[[], bool] = lambda: False,
-    started: float | None = None,
-) -> None:
-    """Train to the end of the configuration, or until ``max_seconds`` (counted from ``started``, a value of
-    ``time.monotonic``) or ``stopping()``; the state is saved at the end. The caller holds the folder's lock. On several
-    ranks any of them can stop all, and the first one alone logs and reports.
+    mesh: Mesh | None = None,
+) -> R:
+    """Build the run of a folder and train it to the end of the configuration, or until ``max_seconds`` or
+    ``stopping()``; the state is saved at the end. Meanwhile no other process trains in the folder. ``on_ready`` gets
+    the run before its first step. On several ranks any of them can stop all, and the first one alone logs and reports.
 
     Warns:
         UserWarning: the log could not be written, or a state before the last; the training goes on.
 
     Raises:
-        TrainingError: a step is refused, or the last state could not be saved.
+        TrainingError: a step is refused, another process trains in the folder, or the last state could not be saved.
     """
-    start = time.monotonic() if started is None else started
+    start = time.monotonic()
+    with checkpoint.exclusive(folder) if mesh is None or mesh.is_first else nullcontext():
+        run = build()
+        on_ready(run)
+        end = math.inf if max_seconds is None else start + max_seconds
+        _drive(run, on_step, on_validation, lambda: time.monotonic() >= end or stopping())
+    return run
+
+
+def _drive(
+    run: Run,
+    on_step: Callable[[StepReport], None],
+    on_validation: Callable[[int, float], None],
+    stopping: Callable[[], bool],
+) -> None:
     log = Log(run.folder / "log.jsonl", run.steps_done) if run.mesh.is_first else None
     if run.steps_done and run.mesh.any(log is not None and not log.evaluated):  # killed before its evaluation
         _evaluate(run, log, on_validation)
     saved_at = run.steps_done
     while run.steps_done < run.config.run.steps:
-        late = max_seconds is not None and time.monotonic() - start >= max_seconds
-        if run.mesh.any(late or stopping()):
+        if run.mesh.any(stopping()):
             break
         report = run.step()
         if log is not None:

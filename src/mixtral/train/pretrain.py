@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from mixtral.parallel.head import split_cross_entropy
 from mixtral.parallel.mesh import Mesh
 from mixtral.parallel.shards import build
 from mixtral.tokenizer import Tokenizer
-from mixtral.train import checkpoint
 from mixtral.train.config import PretrainConfig
 from mixtral.train.data import DeskData, TokenBatch, choose_trained_ids
 from mixtral.train.loop import StepReport, drive
@@ -204,16 +201,12 @@ def pretrain(
         TrainingError: the run cannot start or go on, another process trains in ``folder``, or the last state could not
             be saved.
     """
-    start = time.monotonic()
-    is_first = mesh is None or mesh.is_first
-    with checkpoint.exclusive(folder) if is_first else nullcontext():
-        run = Pretraining(config, folder, mesh)
-        drive(
-            run,
-            on_step=on_step,
-            on_validation=on_validation,
-            max_seconds=max_seconds,
-            stopping=stopping,
-            started=start,
-        )
-    return run
+    return drive(
+        folder,
+        lambda: Pretraining(config, folder, mesh),
+        on_step=on_step,
+        on_validation=on_validation,
+        max_seconds=max_seconds,
+        stopping=stopping,
+        mesh=mesh,
+    )
