@@ -12,40 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from nano import toml
 
 from mixtral.cli import main
 from mixtral.errors import TrainingError
 from mixtral.train import checkpoint
 
-NANO = """
-[model]
-vocab_size = 32768
-hidden_size = 32
-intermediate_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 2
-head_dim = 16
-num_local_experts = 4
-num_experts_per_tok = 2
-max_position_embeddings = 2048
-[data]
-documents_per_step = 4
-trained_rows = 1300
-sample_documents = 100
-[optim]
-warmup_steps = 1
-balance_scope = "global"
-[run]
-steps = {steps}
-threads = 1
-"""
+
+def nano(steps: int, **run: int) -> str:
+    return toml(run={"steps": steps, **run})
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "nano.toml"
-    path.write_text(NANO.format(steps=3))
+    path.write_text(nano(3))
     return path
 
 
@@ -104,7 +85,7 @@ def test_own_ranks_and_those_of_torchrun_train_alike(config: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_ranks_after_the_step_saved(config: Path, tmp_path: Path, number: int) -> None:
-    config.write_text(NANO.format(steps=100_000))
+    config.write_text(nano(100_000))
     with subprocess.Popen(command(config, tmp_path / "run", "dp=2"), stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stdout.readline().startswith("step 1/")
@@ -119,7 +100,7 @@ def test_a_signal_ends_all_ranks_after_the_step_saved(config: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_and_the_next_goes_on(config: Path, tmp_path: Path) -> None:
-    config.write_text(NANO.format(steps=100_000) + "save_every = 2\n")
+    config.write_text(nano(100_000, save_every=2))
     run = subprocess.Popen(
         command(config, tmp_path / "run", "dp=2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -135,7 +116,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_goes_on(config: Path, tmp_path:
     found = checkpoint.load_latest(tmp_path / "run")
     assert found is not None
     assert found[0] % 2 == 0
-    config.write_text(NANO.format(steps=found[0] + 1) + "save_every = 2\n")
+    config.write_text(nano(found[0] + 1, save_every=2))
     again = subprocess.run(command(config, tmp_path / "run", "dp=2"), capture_output=True, text=True, timeout=110)
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "run")[-1][0] == found[0] + 1
@@ -143,7 +124,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_goes_on(config: Path, tmp_path:
 
 @pytest.mark.slow
 def test_ranks_end_when_their_launcher_is_gone(config: Path, tmp_path: Path) -> None:
-    config.write_text(NANO.format(steps=100_000))
+    config.write_text(nano(100_000))
     out = tmp_path / "out"  # a file: a pipe that nobody reads any more would end them as well
     with out.open("w") as file, subprocess.Popen(command(config, tmp_path / "run", "dp=2"), stdout=file) as run:
         while run.poll() is None and not out.read_text().startswith("step 1/"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from nano import toml
 from safetensors import safe_open
 
 import mixtral
@@ -24,28 +25,7 @@ from mixtral.train.pretrain import StepReport
 
 Capture = pytest.CaptureFixture[str]
 STEPS = 3
-NANO = f"""
-[model]
-vocab_size = 32768
-hidden_size = 32
-intermediate_size = 32
-num_hidden_layers = 1
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 16
-num_local_experts = 4
-num_experts_per_tok = 2
-max_position_embeddings = 2048
-[data]
-documents_per_step = 4
-trained_rows = 1300
-sample_documents = 100
-[optim]
-warmup_steps = 1
-[run]
-steps = {STEPS}
-threads = 1
-"""
+NANO = toml(run={"steps": STEPS})
 REPORT = StepReport(
     step=10,
     loss=1.5,

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from nano import toml
 from torch import Tensor
 
 from mixtral.errors import TrainingError
@@ -26,31 +27,12 @@ from mixtral.train import checkpoint
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve()
 STEPS = 8
-NANO = f"""
-[model]
-vocab_size = 32768
-hidden_size = 32
-intermediate_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 16
-num_local_experts = 4
-num_experts_per_tok = 2
-max_position_embeddings = 2048
-[data]
-documents_per_step = 2
-trained_rows = 1300
-sample_documents = 60
-[optim]
-warmup_steps = 1
-ema = 0.9
-[run]
-steps = {STEPS}
-save_every = 1
-keep_last = 2
-threads = 1
-"""
+NANO = toml(
+    model={"num_hidden_layers": 2},
+    data={"documents_per_step": 2, "sample_documents": 60},
+    optim={"ema": 0.9},
+    run={"steps": STEPS, "save_every": 1, "keep_last": 2},
+)
 FRESH = 10  # every so manieth run is the command in a process of its own, which takes seconds to start
 
 
@@ -112,11 +94,19 @@ def newest(folder: Path) -> tuple[int, dict[str, Tensor]]:
     return (0, {}) if found is None else (found[0], found[1])
 
 
+def runs(pid: int) -> bool:
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def killed_from_outside(pid: int, folder: Path, delay: float) -> bool:
     """SIGKILL that long after a save began; False if the process was gone before."""
     before = set(unfinished(folder))
     while not set(unfinished(folder)) - before:
-        if not Path(f"/proc/{pid}/stat").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+        if not runs(pid):
             return False
         time.sleep(1e-4)
     time.sleep(delay)
