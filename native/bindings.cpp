@@ -13,6 +13,7 @@
 
 #include "bind_layers.h"
 #include "bind_limits.h"
+#include "bind_training.h"
 #include "mixtral/encode.h"
 
 namespace nb = nanobind;
@@ -103,6 +104,7 @@ NB_MODULE(_native, module) {
   module.doc() = "Compiled operations of mixtral; called through mixtral.quant.native.";
   bind_layers(module);
   bind_limits(module);
+  bind_training(module);
   module.def("levels", &levels, "Instruction sets that this processor runs, the fastest one last.");
   module.def("encode", &encode, nb::arg("name"), nb::arg("values").noconvert(),
              nb::arg("importance").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads"),

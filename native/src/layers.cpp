@@ -14,13 +14,16 @@ namespace mixtral {
   extern const DenseTable dense;         \
   extern const RowTable rows;            \
   extern const AttentionTable attention; \
+  extern const DocumentTable documents;  \
+  extern const PassTable passes;         \
   extern const LimitTable limits;        \
   }
 
 // Products of integers, products of bfloat16 and attention; rows are those of `other`.
 #define KERNELS(level, tiles, integers, floats, other) \
   namespace level {                                    \
-  const Kernels kernels = {#level, tiles, integers::gemm, level::dense, other::rows, floats::attention, level::limits}; \
+  const Kernels kernels = {#level, tiles, integers::gemm, level::dense, other::rows, floats::attention, \
+                           floats::documents, floats::passes, level::limits};                       \
   }
 
 TABLES(baseline)

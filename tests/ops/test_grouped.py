@@ -14,6 +14,8 @@ from torch import Tensor
 from mixtral import ops
 from mixtral.ops import grouped, reference
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 ORACLE = runpy.run_path(str(Path(__file__).resolve().parent.parent / "oracles" / "moe.py"))["moe"]
 COUNTS = [*range(10), 15, 16, 17, 31, 33, 64, 65, 129]
 D, F = 11, 7

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixtral import ops
 from mixtral.ops import grouped, reference
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 D, F, E, R = 11, 7, 6, 3
 SCALE = 0.7
 

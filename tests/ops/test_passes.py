@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mixtral.ops import passes, reference
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -10,8 +10,10 @@
 
 #include "mixtral/attention.h"
 #include "mixtral/dense.h"
+#include "mixtral/documents.h"
 #include "mixtral/gemm.h"
 #include "mixtral/limits.h"
+#include "mixtral/passes.h"
 #include "mixtral/rows.h"
 
 namespace mixtral {
@@ -25,6 +27,8 @@ struct Kernels {
   const DenseTable& dense;
   const RowTable& rows;
   const AttentionTable& attention;
+  const DocumentTable& documents;
+  const PassTable& passes;
   const LimitTable& limits;
 };
 

@@ -2,6 +2,7 @@
 
 from mixtral.ops.attention import attention
 from mixtral.ops.causal import causal_attention
+from mixtral.ops.compiled import document_attention, is_compiled
 from mixtral.ops.grouped import Stacked, experts
 from mixtral.ops.losses import head_cross_entropy
 from mixtral.ops.passes import rms_norm, rope
@@ -15,9 +16,11 @@ __all__ = [
     "attention",
     "causal_attention",
     "choose",
+    "document_attention",
     "experts",
     "gather_rows",
     "head_cross_entropy",
+    "is_compiled",
     "linear",
     "rms_norm",
     "rope",

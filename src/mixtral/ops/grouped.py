@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mixtral.ops import compiled
 from mixtral.ops.lowrank import LowRank, keep_mask
 from mixtral.ops.reference import Pair
 
@@ -173,14 +174,7 @@ class _Experts(torch.autograd.Function):
         dense, factors, masks = rest[:2], rest[2:6], rest[6:]
         call: _Call = ctx.call
         plan, grad_TD = call.plan, grads[0]
-        choices = weights_TA.shape[1]
-        grad_weights_TA = torch.stack(
-            [(out_ND.index_select(0, plan.places_TA[:, a]).float() * grad_TD.float()).sum(-1) for a in range(choices)],
-            dim=1,
-        )
-        row_weight_N = weights_TA.new_zeros(plan.rows_N.shape[0])
-        row_weight_N[plan.places_TA.reshape(-1)] = weights_TA.reshape(-1)
-        grad_out_ND = _sorted_rows(grad_TD, plan).mul_(row_weight_N[:, None].to(grad_TD.dtype))
+        grad_out_ND, grad_weights_TA = _combine_back(out_ND, weights_TA, grad_TD, plan)
         grad_sorted_ND = torch.empty_like(sorted_ND)
         # An expert without tokens gets zeros, not None: optimizers and collectives then treat all experts alike.
         wanted = ctx.needs_input_grad[2:4]
@@ -195,9 +189,8 @@ class _Experts(torch.autograd.Function):
                 some = slice(start, end)
                 inner = _Inner(expert, some, sources, lows, made)
                 inner.backward(sorted_ND[some], products_NF[some], grad_out_ND[some], grad_sorted_ND[some])
-        grad_x_TD = sum(grad_sorted_ND.index_select(0, plan.places_TA[:, a]).float() for a in range(choices))
-        assert isinstance(grad_x_TD, Tensor)
-        return grad_x_TD.to(grad_TD.dtype), grad_weights_TA, *grad_dense, *grad_factors, None, *grad_slices
+        grad_x_TD = _combine(grad_sorted_ND, None, plan)
+        return grad_x_TD, grad_weights_TA, *grad_dense, *grad_factors, None, *grad_slices
 
 
 def _halves(slices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -237,19 +230,14 @@ class _Inner:
 
     def backward(self, x_ND: Tensor, products_NF: Tensor, grad_out_ND: Tensor, grad_x_ND: Tensor) -> None:
         """Fill the gradients of the rows, and of the weights that want one."""
-        gate, up = products_NF.chunk(2, dim=-1)
-        grad_products_NF = torch.empty_like(products_NF)
-        grad_gate, grad_up = grad_products_NF.chunk(2, dim=-1)
-        activated = torch.nn.functional.silu(gate)
-        grad_hidden = torch.empty_like(activated)
-        self.sources[1].multiply_back(self.expert, grad_out_ND, grad_hidden)
+        grad_hidden_NF = products_NF.new_empty((len(products_NF), products_NF.shape[1] // 2))
+        self.sources[1].multiply_back(self.expert, grad_out_ND, grad_hidden_NF)
         if self.lows[1] is not None:
-            self._low(1, activated * up, grad_out_ND, grad_hidden)
-        torch.mul(grad_hidden, activated, out=grad_up)
+            self._low(1, _swiglu(products_NF), grad_out_ND, grad_hidden_NF)
+        hidden_NF, grad_products_NF = _swiglu_back(products_NF, grad_hidden_NF)
         grad_down = self.grads.weight(self.expert, 1)
         if grad_down is not None:
-            torch.mm(grad_out_ND.t(), activated.mul_(up), out=grad_down)
-        torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+            torch.mm(grad_out_ND.t(), hidden_NF, out=grad_down)
         grad_gate_up = self.grads.weight(self.expert, 0)
         if grad_gate_up is not None:
             torch.mm(grad_products_NF.t(), x_ND, out=grad_gate_up)
@@ -263,22 +251,76 @@ class _Inner:
 
 
 def _swiglu(products_NF: Tensor) -> Tensor:
+    if compiled.is_compiled(products_NF):
+        hidden_NF = products_NF.new_empty((len(products_NF), products_NF.shape[1] // 2))
+        compiled.call("train_gate", products_NF, hidden_NF)
+        return hidden_NF
     gate, up = products_NF.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
 
 
+def _swiglu_back(products_NF: Tensor, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of ``_swiglu`` again, and the gradient of the products; ``grad_NF`` may be overwritten."""
+    grad_products_NF = torch.empty_like(products_NF)
+    if compiled.is_compiled(products_NF):
+        hidden_NF = torch.empty_like(grad_NF)
+        compiled.call("train_gate_back", products_NF, grad_NF, hidden_NF, grad_products_NF)
+        return hidden_NF, grad_products_NF
+    gate, up = products_NF.chunk(2, dim=-1)
+    grad_gate, grad_up = grad_products_NF.chunk(2, dim=-1)
+    activated = torch.nn.functional.silu(gate)
+    torch.mul(grad_NF, activated, out=grad_up)
+    torch.ops.aten.silu_backward(grad_NF.mul_(up), gate, grad_input=grad_gate)
+    return activated.mul_(up), grad_products_NF
+
+
 def _sorted_rows(x_TD: Tensor, plan: Assignment) -> Tensor:
-    # Padding rows repeat token 0; only the weight gradients read what becomes of them, and there they must be zero.
-    sorted_ND = x_TD.index_select(0, plan.rows_N.clamp_min(0))
-    return sorted_ND.index_fill_(0, torch.nonzero(plan.rows_N < 0)[:, 0], 0)
+    # Of padding rows only the weight gradients read what becomes of them, and there they must be zero.
+    if compiled.is_compiled(x_TD):
+        sorted_ND = x_TD.new_empty((len(plan.rows_N), x_TD.shape[1]))
+        compiled.call("train_sort", x_TD.contiguous(), plan.rows_N, sorted_ND)
+        return sorted_ND
+    return x_TD.index_select(0, plan.rows_N.clamp_min(0)).index_fill_(0, _padding(plan), 0)
 
 
-def _combine(out_ND: Tensor, weights_TA: Tensor, plan: Assignment) -> Tensor:
-    total_TD = out_ND.index_select(0, plan.places_TA[:, 0]).float().mul_(weights_TA[:, :1])
-    for choice in range(1, weights_TA.shape[1]):
-        rows_TD = out_ND.index_select(0, plan.places_TA[:, choice]).float()
-        total_TD += rows_TD.mul_(weights_TA[:, choice : choice + 1])
-    return total_TD.to(out_ND.dtype)
+def _padding(plan: Assignment) -> Tensor:
+    return torch.nonzero(plan.rows_N < 0)[:, 0]
+
+
+def _combine(rows_ND: Tensor, weights_TA: Tensor | None, plan: Assignment) -> Tensor:
+    """Of every token the sum of its rows, by their weights."""
+    tokens, choices = plan.places_TA.shape
+    if compiled.is_compiled(rows_ND):
+        out_TD = rows_ND.new_empty((tokens, rows_ND.shape[1]))
+        weights = None if weights_TA is None else weights_TA.contiguous()
+        compiled.call("train_combine", rows_ND, plan.places_TA, weights, out_TD)
+        return out_TD
+    total_TD = rows_ND.new_zeros((tokens, rows_ND.shape[1]), dtype=torch.promote_types(rows_ND.dtype, torch.float32))
+    for choice in range(choices):
+        some_TD = rows_ND.index_select(0, plan.places_TA[:, choice]).to(total_TD.dtype)
+        total_TD += some_TD if weights_TA is None else some_TD * weights_TA[:, choice : choice + 1]
+    return total_TD.to(rows_ND.dtype)
+
+
+def _combine_back(rows_ND: Tensor, weights_TA: Tensor, grad_TD: Tensor, plan: Assignment) -> tuple[Tensor, Tensor]:
+    """Gradients of the rows and of the weights."""
+    if compiled.is_compiled(rows_ND, grad_TD):
+        grad_ND, grad_weights_TA = torch.empty_like(rows_ND), torch.empty_like(weights_TA)
+        grad_ND.index_fill_(0, _padding(plan), 0)
+        weights_TA = weights_TA.contiguous()
+        arrays = (rows_ND, plan.places_TA, weights_TA, grad_TD.contiguous(), grad_ND, grad_weights_TA)
+        compiled.call("train_combine_back", *arrays)
+        return grad_ND, grad_weights_TA
+    grad_weights_TA = torch.stack(
+        [
+            (rows_ND.index_select(0, plan.places_TA[:, a]).float() * grad_TD.float()).sum(-1)
+            for a in range(weights_TA.shape[1])
+        ],
+        dim=1,
+    )
+    row_weight_N = weights_TA.new_zeros(plan.rows_N.shape[0])
+    row_weight_N[plan.places_TA.reshape(-1)] = weights_TA.reshape(-1)
+    return _sorted_rows(grad_TD, plan).mul_(row_weight_N[:, None].to(grad_TD.dtype)), grad_weights_TA
 
 
 def experts(

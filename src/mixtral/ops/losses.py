@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mixtral.ops import compiled
+
 __all__ = ["head_cross_entropy"]
 
-# Scores of this many tokens stay in a CPU's cache (8 MB for a vocabulary of 4,096) while five passes go over them.
-_CHUNK_ELEMENTS = 1 << 21
+# As many scores stay in a CPU's cache, in float32, while five passes go over them.
+_CACHED_SCORES = 1 << 21
+# The gradient of the head is added up in as few parts as memory allows: each is a pass over the whole head.
+_FEWEST_ROWS = 512
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -30,22 +34,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_TD) if needs_hidden else None
         grad_head = torch.zeros(head_RD.shape, dtype=torch.float32, device=head_RD.device) if needs_head else None
         logprobs_T = torch.empty(labels_T.shape, dtype=torch.float32, device=hidden_TD.device)
-        chunk = max(64, _CHUNK_ELEMENTS // head_RD.shape[0])
-        for start in range(0, labels_T.shape[0], chunk):
-            part = slice(start, start + chunk)
-            hidden, labels = hidden_TD[part], labels_T[part, None]
-            scores = (hidden @ head_RD.t()).float()
-            scores[:, -1] += math.log(copies_of_last)
-            scores = scores.log_softmax(-1)
-            logprobs_T[part] = scores.gather(1, labels)[:, 0]
-            if grad_hidden is None and grad_head is None:
-                continue
-            grad = scores.exp_().scatter_add_(1, labels, torch.full_like(scores[:, :1], -1.0))
-            grad = grad.mul_(weights_T[part, None]).to(head_RD.dtype)
+        block = max(_FEWEST_ROWS, _CACHED_SCORES // head_RD.shape[0])
+        for start in range(0, labels_T.shape[0], block):
+            part = slice(start, start + block)
+            hidden = hidden_TD[part]
+            scores_BR = hidden @ head_RD.t()
+            logprobs_T[part] = _logprobs(
+                scores_BR, labels_T[part], weights_T[part], math.log(copies_of_last), train=needs_hidden or needs_head
+            )
             if grad_hidden is not None:
-                torch.mm(grad, head_RD, out=grad_hidden[part])
+                torch.mm(scores_BR, head_RD, out=grad_hidden[part])
             if grad_head is not None:
-                grad_head += grad.t() @ hidden
+                grad_head += scores_BR.t() @ hidden
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(logprobs_T)
         return -(logprobs_T * weights_T).sum(), logprobs_T
@@ -63,6 +63,29 @@ class _HeadCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _logprobs(scores_BR: Tensor, labels_B: Tensor, weights_B: Tensor, log_copies: float, *, train: bool) -> Tensor:
+    """Log-probabilities [B] of the labels. With ``train`` the scores become their gradients: shares less one at the
+    label, weighted."""
+    logprobs_B = torch.empty(labels_B.shape, dtype=torch.float32, device=scores_BR.device)
+    if compiled.is_compiled(scores_BR):
+        labels_B, weights_B = labels_B.contiguous(), weights_B.float().contiguous()
+        compiled.call("train_loss", scores_BR, labels_B, weights_B, log_copies, logprobs_B, train)
+        return logprobs_B
+    cached = max(1, _CACHED_SCORES // scores_BR.shape[1])
+    for start in range(0, len(scores_BR), cached):
+        some = slice(start, start + cached)
+        wide_BR = scores_BR[some].float()
+        wide_BR[:, -1] += log_copies
+        wide_BR = wide_BR.log_softmax(-1)
+        labels_B1 = labels_B[some, None]
+        logprobs_B[some] = wide_BR.gather(1, labels_B1)[:, 0]
+        if not train:
+            continue
+        grad_BR = wide_BR.exp_().scatter_add_(1, labels_B1, torch.full_like(wide_BR[:, :1], -1.0))
+        scores_BR[some] = grad_BR.mul_(weights_B[some, None]).to(scores_BR.dtype)
+    return logprobs_B
 
 
 def head_cross_entropy(

@@ -1,4 +1,7 @@
-"""RMS norm and rotary positions for speed: fewer passes over memory than ``reference``, own backward passes."""
+"""RMS norm and rotary positions for speed: fewer passes over memory than ``reference``, own backward passes.
+
+Compiled code has one pass where these have several; they are for tensors that it does not take.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mixtral.ops import compiled
 
 __all__ = ["rms_norm", "rope"]
 
@@ -57,11 +62,15 @@ def _rotate(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Same contract as ``reference.rms_norm``; the squares are summed in another order."""
+    if x_TD.dim() == 2 and compiled.is_compiled(x_TD, weight_D):
+        return compiled.rms_norm(x_TD, weight_D, eps)
     out: Tensor = _RmsNorm.apply(x_TD, weight_D, eps)  # type: ignore[no-untyped-call]
     return out
 
 
 def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     """Same contract as ``reference.rope``. The angles get no gradient."""
+    if compiled.is_compiled(x_THK) and compiled.is_compiled(cos_TK.float()):
+        return compiled.rope(x_THK, cos_TK, sin_TK)
     out: Tensor = _Rope.apply(x_THK, cos_TK, sin_TK)  # type: ignore[no-untyped-call]
     return out

@@ -18,7 +18,8 @@ from mixtral.parallel.tensor import enter
 
 __all__ = ["HeadPart", "split_cross_entropy"]
 
-_CHUNK_ELEMENTS = 1 << 21  # scores that are computed together, as in ops.losses
+_CHUNK_ELEMENTS = 1 << 21  # scores that are computed together, of at least so many tokens, as in ops.losses
+_FEWEST_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class HeadPart:
 
     def tokens_together(self) -> int:
         """The same on every rank: all of them take the same turns."""
-        return max(64, _CHUNK_ELEMENTS // -(-self.rows // self.group.size()))
+        return max(_FEWEST_TOKENS, _CHUNK_ELEMENTS // -(-self.rows // self.group.size()))
 
     def scores(self, hidden_TD: Tensor, head_RD: Tensor, copies_of_last: int) -> Tensor:
         """Float32 scores of this rank's rows."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from mixtral.parallel.matrices import Matrices
 from mixtral.parallel.mesh import alone
@@ -156,8 +157,7 @@ class Optimizer:
                 }
                 for name, update in self._muon_matrices.apply(orthogonalise, wanted).items():
                     self._change(name, update.mul_(self._factor(name)), rate)
-            for name in self._grads.keys() - self._matrices:
-                self._change(name, self._adam(name, self._grads[name] * scale), rate)
+            self._adam([name for name in self._grads if name not in self._matrices], rate, scale)
             # Short runs would otherwise average mostly the weights they began with.
             decay = min(self.config.ema, (1 + self.steps) / (10 + self.steps))
             for name, average in self._average.items():
@@ -195,10 +195,7 @@ class Optimizer:
             self.parts[name].copy_(value)
 
     def _change(self, name: str, update: Tensor, rate: float) -> None:
-        master = self.masters[name]
-        if not name.endswith("norm.weight"):
-            master.mul_(1 - rate * self.config.weight_decay)
-        master.sub_(update, alpha=rate)
+        self.masters[name].mul_(1 - rate * self.config.weight_decay).sub_(update, alpha=rate)
 
     def _momentum(self, name: str, grad: Tensor) -> Tensor:
         momentum = self._first[name].mul_(MUON_MOMENTUM).add_(grad)
@@ -208,11 +205,29 @@ class Optimizer:
         # Makes one learning rate serve both optimizers (Moonlight, arXiv 2502.16982, section 2.2).
         return 0.2 * math.sqrt(max(self._muon_matrices.size(name)))
 
-    def _adam(self, name: str, grad: Tensor) -> Tensor:
-        first = self._first[name].lerp_(grad, 1 - ADAM_BETAS[0])
-        second = self._second[name].lerp_(grad.square(), 1 - ADAM_BETAS[1])
-        corrected = second / (1 - ADAM_BETAS[1] ** self.steps)
-        return first / (1 - ADAM_BETAS[0] ** self.steps) / corrected.sqrt_().add_(ADAM_EPS)
+    def _adam(self, names: Sequence[str], rate: float, scale: float) -> None:
+        """AdamW for some parameters, one pass over memory for each; norms do not decay."""
+        for is_norm in (False, True):
+            some = [name for name in names if name.endswith("norm.weight") == is_norm]
+            if not some:
+                continue
+            grads = [self._grads[name].mul_(scale) for name in some]
+            adamw(
+                [self.masters[name] for name in some],
+                grads,
+                [self._first[name] for name in some],
+                [self._second[name] for name in some],
+                [],
+                [torch.full((), self.steps - 1.0, device=grad.device) for grad in grads],
+                fused=True,
+                amsgrad=False,
+                beta1=ADAM_BETAS[0],
+                beta2=ADAM_BETAS[1],
+                lr=rate,
+                weight_decay=0.0 if is_norm else self.config.weight_decay,
+                eps=ADAM_EPS,
+                maximize=False,
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Everything that continues a run, by name; the tensors themselves, not copies."""
