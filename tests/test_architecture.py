@@ -68,11 +68,13 @@ IMPORTS: dict[str, tuple[set[str], set[str]]] = {
     "cli": (set(), {"typer", "rich"}),  # imports the rest of mixtral inside functions only
 }
 FILE_LINES, FUNCTION_LINES, FUNCTION_LINES_P95, PART_LINES = 500, 60, 45, 2200
-# Adapters that are trained, merged, read from files of others and served at once; ten layouts, their checks, a cache;
-# a scheduler and its parts; an HTTP edge that checks all fields, and two kinds of processes behind it; a file per
-# command; three recipes with their configurations, the user's files, states, records and references.
+# Adapters that are trained, merged, read from files of others and served at once; writers of six skills in five
+# languages, with their words; ten layouts, their checks, a cache; a scheduler and its parts; an HTTP edge that checks
+# all fields, and two kinds of processes behind it; a file per command; three recipes with their configurations, the
+# user's files, states, records and references.
 OTHER_PART_LINES = {
     "adapters": 2400,
+    "desk": 2400,
     "tokenizer": 1200,
     "quant": 2800,
     "weights": 3500,

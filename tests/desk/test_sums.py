@@ -63,7 +63,7 @@ def one_digit(step: tuple[int, str, int, int]) -> bool:
 
 @pytest.mark.parametrize(
     ("split", "golden"),
-    [("train", "8c2fb8e2e7c47bdf"), ("validation", "d8fb62656a6d1059"), ("test", "1baf4c970bb93ca9")],
+    [("train", "158fc4c40ccca0a4"), ("validation", "f24a36723f05ee0e"), ("test", "260585c9de36a462")],
 )
 def test_first_200_documents_never_change(written: dict[str, list[Document]], split: str, golden: str) -> None:
     text = "\n".join(json.dumps(asdict(document), sort_keys=True) for document in written[split][:200])
@@ -90,6 +90,22 @@ def test_every_equation_holds_and_leads_to_the_answer(written: dict[str, list[Do
         assert document.answer == {"number": results[-1]}
         assert all(0 <= number < 1000 for number in results)
         assert all(step[0] <= 99 and step[2] <= 9 for step in steps if step[1] == "×")
+
+
+def test_plus_and_minus_take_one_digit_after_the_other(written: dict[str, list[Document]]) -> None:
+    """``132 - 47 = 92 - 7 = 85``: what is left of the second number has fewer digits in every part."""
+    parts_seen = set()
+    for document in (*written["train"], *written["validation"], *written["test"]):
+        for line in document.messages[-1]["content"].splitlines()[:-1]:
+            *parts, _ = line.split(" = ")
+            _, operation, right = parts[0].split(" ")
+            if operation not in "+-":
+                continue
+            digits = [int(digit) * 10**place for place, digit in enumerate(reversed(right)) if digit != "0"]
+            rest = [sum(digits[:count]) for count in range(len(digits), 0, -1)]
+            assert [part.split(" ")[1:] for part in parts] == [[operation, str(number)] for number in rest], line
+            parts_seen.add((operation, len(parts)))
+    assert parts_seen == {(operation, count) for operation in "+-" for count in (1, 2, 3)}
 
 
 def test_a_plain_sum_has_the_value_of_its_answer(written: dict[str, list[Document]]) -> None:

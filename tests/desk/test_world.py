@@ -3,7 +3,8 @@
 import pytest
 
 from mixtral.desk import world
-from mixtral.desk.source import SPLITS, Source
+from mixtral.desk.invented import INVENTORS
+from mixtral.desk.source import SPLITS, Source, split_of
 
 
 @pytest.mark.parametrize("inventory", sorted(world.INVENTORIES))
@@ -14,12 +15,25 @@ def test_every_item_belongs_to_one_split_and_every_split_has_two(inventory):
     assert len(set(world.INVENTORIES[inventory])) == len(world.INVENTORIES[inventory])
 
 
-def test_draw_stays_in_its_split():
-    source = Source("draw")
-    for split in SPLITS:
-        drawn = {world.draw("last_name", source, split) for _ in range(300)}
-        assert drawn <= set(world.items("last_name", split))
+@pytest.mark.parametrize("inventory", sorted(world.INVENTORIES))
+def test_draw_stays_in_its_split(inventory):
+    source = Source("draw", inventory)
+    for split in ("validation", "test"):
+        drawn = {world.draw(inventory, source, split) for _ in range(300)}
+        assert drawn <= set(world.items(inventory, split))
         assert len(drawn) >= 2
+    drawn = [world.draw(inventory, source, "train") for _ in range(1000)]
+    known = set(world.items(inventory, "train"))
+    # Invented items would be of another split as often as any others, were they not drawn again.
+    assert {split_of("value", inventory, item) for item in drawn} == {"train"}
+    invented = sum(item not in known for item in drawn) / len(drawn)
+    assert abs(invented - (world.INVENTED_PERCENT / 100 if inventory in INVENTORS else 0)) < 0.05
+    assert len(known.intersection(drawn)) >= 2
+
+
+def test_half_of_the_open_items_are_invented():
+    assert world.INVENTED_PERCENT == 50
+    assert set(INVENTORS) < set(world.INVENTORIES)
 
 
 def test_unknown_inventory_is_an_error():

@@ -17,7 +17,12 @@ MODEL: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 2048,
 }
-DATA: dict[str, Any] = {"documents_per_step": 4, "trained_rows": 1400, "sample_documents": 200}
+DATA: dict[str, Any] = {
+    "documents_per_step": 4,
+    "trained_rows": 1400,
+    "sample_documents": 200,
+    "mixture": {"chat": 36, "calls": 20, "records": 14, "sums": 24, "story": 6},  # notes are long
+}
 
 _SMALL = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
 

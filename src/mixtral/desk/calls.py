@@ -15,6 +15,7 @@ from string import ascii_letters, digits
 from typing import Any, NamedTuple
 
 from mixtral.desk import world
+from mixtral.desk.renamed import renamed
 from mixtral.desk.source import Document, Source, Split
 from mixtral.desk.world import LANGUAGES, Language
 
@@ -35,6 +36,12 @@ _FUNCTION_TEXT = """
     get_boat_price: hours guests?; get_train_price: city travel_class; get_bus_price: city day
     find_room: nights max_price breakfast?; find_train: city day travel_class?; find_bus: city time
     find_restaurant: near seat? max_price; find_museum: near day; find_shop: near day?
+    book_car: days date; cancel_car: name; change_car: code new_date; get_car_price: days
+    book_sauna: time guests; cancel_sauna: name time; change_sauna: name new_time; get_sauna_price: hours guests?
+    book_locker: days; cancel_locker: code; find_locker: near max_price; get_locker_price: days
+    book_massage: hours time; cancel_massage: date name; change_massage: code new_time
+    book_tent: nights guests; cancel_tent: code date?; find_tent: nights max_price; get_tent_price: nights guests
+    book_kayak: hours guests; change_kayak: name new_date; find_kayak: guests max_price
     get_museum_hours: museum day; get_restaurant_hours: its_name day; get_shop_hours: at_street day
     get_weather: in_city day; report_lost_item: item near day?; report_fault: device in_room
     convert_currency: amount to_currency; set_alarm: in_room time; order_food: quantity dish in_room
@@ -53,6 +60,8 @@ HELD_OUT: dict[str, Split] = {
 
 _OPEN = {"name", "date", "time", "restaurant", "street", "city", "code", "price", "room", "item", "word"}
 _TYPES = {"few": "integer", "count": "integer", "price": "integer", "room": "integer", "bool": "boolean"}
+RENAMED_PERCENT = 40
+"""How many training documents name functions and parameters otherwise than ``FUNCTIONS``."""
 
 
 class _Function(NamedTuple):
@@ -81,7 +90,8 @@ def _parse_functions() -> dict[str, _Function]:
 
 
 FUNCTIONS = _parse_functions()
-"""All 40 functions by name."""
+"""All 62 functions by name."""
+_RESERVED = frozenset(FUNCTIONS)
 
 
 def functions_of(split: Split, *, unseen: bool = False) -> tuple[str, ...]:
@@ -287,16 +297,21 @@ def _answer(source: Source, split: Split, language: Language) -> Document:
 def calls(seed: int, split: Split, number: int) -> Document:
     """Document ``number``: a request, 1-3 functions, and the right call, reply or answer.
 
+    In training, the functions of ``RENAMED_PERCENT`` of the documents have other names (``desk.renamed``).
     Held-out splits use their own names, dates, times, numbers and codes; suite ``calls/unseen`` their own functions.
     """
     source = Source("calls", seed, split, number)
     language = LANGUAGES[0] if source.chance(60) else source.pick(LANGUAGES[1:])
     place = source.below(100)
-    if place < 15:
-        return _none(source, split, language)
-    if place < (45 if split == "train" else 35):
-        return _answer(source, split, language)
-    return _ask(source, split, language, unseen=split != "train" and place >= 68)
+    if split != "train":
+        if place < 35:
+            return _none(source, split, language) if place < 15 else _answer(source, split, language)
+        return _ask(source, split, language, unseen=place >= 68)
+    if place < 40:
+        document = _none(source, split, language) if place < 20 else _answer(source, split, language)
+    else:
+        document = _ask(source, split, language, unseen=False)
+    return renamed(document, source, _RESERVED) if source.chance(RENAMED_PERCENT) else document
 
 
 @cache

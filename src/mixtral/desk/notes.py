@@ -18,8 +18,14 @@ from mixtral.desk.world import HOTEL, LANGUAGES, TOWN, Language, draw, facts_of
 
 __all__ = ["SUITES", "notes", "story"]
 
-SUITES: tuple[str, ...] = ("notes/short", "notes/512", "notes/1024", "notes/copy")
-_SIZES = {"notes/short": (130, 350), "notes/512": (650, 820), "notes/1024": (1300, 1800)}
+SUITES: tuple[str, ...] = ("notes/short", "notes/512", "notes/1024", "notes/2048", "notes/4096", "notes/copy")
+_SIZES = {
+    "notes/short": (130, 350),
+    "notes/512": (650, 820),
+    "notes/1024": (1300, 1800),
+    "notes/2048": (3000, 3700),
+    "notes/4096": (6000, 7400),
+}
 _KEYS = ("name", "room", "locker")
 _LISTS = ("last_name", "phone", "time", "room", "first_name")
 
@@ -84,7 +90,8 @@ def _suite(source: Source, split: Split) -> str:
         return source.pick(SUITES)
     if source.chance(20):
         return "notes/copy"
-    return "notes/512" if source.chance(18) else "notes/short"
+    place = source.below(100)  # longer notes than these are never trained
+    return "notes/short" if place < 68 else "notes/512" if place < 85 else "notes/1024" if place < 96 else "notes/2048"
 
 
 def _document(suite: str, language: str, question: str, reply: str, wanted: list[str]) -> Document:

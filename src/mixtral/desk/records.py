@@ -213,7 +213,7 @@ def _value(kind: str, source: Source, split: Split, language: Language) -> Any:
         return f"{world.draw('first_name', source, split)} {world.draw('last_name', source, split)}"
     if kind == "email":
         first, last = world.draw("first_name", source, split), world.draw("last_name", source, split)
-        return f"{first}.{last}@{world.INVENTORIES['mail_host'][source.below(5)]}".lower()
+        return f"{first}.{last}@{world.draw('mail_host', source, split)}".lower()
     if kind == "dishes":
         keys = source.sample(world.keys("dish", split), source.between(2, 3))
         return [world.word("dish", key, language) for key in keys]
@@ -309,4 +309,4 @@ def records(seed: int, split: Split, number: int) -> Document:
         {"role": "user", "content": "\n\n".join(parts)},
         {"role": "assistant", "content": json.dumps(record, ensure_ascii=False)},
     )
-    return Document("records", suite, language, messages=messages, answer={"json": record})
+    return Document("records", suite, language, messages=messages, answer={"json": record, "schema": schema(chosen)})

@@ -120,8 +120,17 @@ def _step(source: Source, value: int | None) -> _Step | None:
 
 
 def _worked(step: _Step) -> str:
-    """The equation of a step; times and divide go through tens and units: ``47 × 6 = 240 + 42 = 282``."""
+    """The equation of a step, in parts that are easy: times and divide go through tens and units, ``47 × 6 = 240 + 42
+    = 282``; plus and minus take the digits of the second number one by one, ``132 - 47 = 92 - 7 = 85``."""
     left, operation, right, result = step
+    if operation in "+-":
+        stages = [f"{left} {operation} {right}"]
+        for unit in (100, 10):
+            if right >= unit and right % unit:
+                left = left + right // unit * unit if operation == "+" else left - right // unit * unit
+                right %= unit
+                stages.append(f"{left} {operation} {right}")
+        return " = ".join([*stages, str(result)])
     whole = left if operation == "×" else result
     middle = ""
     if operation in "×÷" and whole > 10 and whole % 10:

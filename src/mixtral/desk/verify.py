@@ -12,7 +12,7 @@ from typing import Any
 
 from mixtral.desk.source import Document
 
-__all__ = ["check", "languages_of"]
+__all__ = ["check", "is_formed", "languages_of", "number_of"]
 
 _MARKED = re.compile(r"\s*(-?\d{1,18})(?!\d|[.,]\d)")
 _INTEGER = re.compile(r"(?<![\w.,])-?\d{1,18}(?!\w|[.,]\d)")
@@ -35,7 +35,7 @@ def check(document: Document, text: str, calls: Sequence[Mapping[str, Any]] = ()
         )
     if _plain_calls(calls) != _plain_calls(wanted.get("calls", ())):
         return False
-    if "number" in wanted and _number(text) != wanted["number"]:
+    if "number" in wanted and number_of(text) != wanted["number"]:
         return False
     if "json" in wanted and _canonical(text) != json.dumps(wanted["json"], sort_keys=True):
         return False
@@ -43,6 +43,19 @@ def check(document: Document, text: str, calls: Sequence[Mapping[str, Any]] = ()
     if not all(_contains(text, part, caseless=caseless) for part in wanted.get("contains", ())):
         return False
     return "language" not in wanted or wanted["language"] in languages_of(text)
+
+
+def is_formed(document: Document, text: str, calls: Sequence[Mapping[str, Any]] = ()) -> bool | None:
+    """Whether an answer has the form that the document asks for, right or wrong: JSON text; or calls of functions on
+    offer with an object as arguments. None if it asks for neither.
+    """
+    if "json" in document.answer:
+        return _canonical(text) is not None
+    if not document.answer.get("calls"):
+        return None
+    offered = {tool["function"]["name"] for tool in document.tools}
+    made = _plain_calls(calls)
+    return bool(made) and all(name in offered and (_canonical(text) or "").startswith("{") for name, text in made)
 
 
 def languages_of(text: str) -> tuple[str, ...]:
@@ -53,7 +66,7 @@ def languages_of(text: str) -> tuple[str, ...]:
     return tuple(language for language, count in votes.items() if count == best) if best else ()
 
 
-def _number(text: str) -> int | None:
+def number_of(text: str) -> int | None:
     """The integer after the last ``####``; in a text without that mark, the last integer."""
     _, mark, rest = text.rpartition("####")
     if mark:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
 
+from mixtral.desk.invented import INVENTORS
 from mixtral.desk.source import Source, Split, split_of
 from mixtral.desk.words import (
     CURRENCY,
@@ -35,6 +36,7 @@ __all__ = [
     "CURRENCY",
     "FACTS",
     "HOTEL",
+    "INVENTED_PERCENT",
     "INVENTORIES",
     "LANGUAGES",
     "SPLIT_TABLES",
@@ -139,6 +141,9 @@ INVENTORIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Names and values by inventory. ``date`` items are ``MM-DD``; ``price`` items are whole euros."""
 
+INVENTED_PERCENT = 50
+"""How many training items of an open inventory are invented instead of taken from it."""
+
 
 @cache
 def items(inventory: str, split: Split) -> tuple[str, ...]:
@@ -147,7 +152,15 @@ def items(inventory: str, split: Split) -> tuple[str, ...]:
 
 
 def draw(inventory: str, source: Source, split: Split) -> str:
-    """One item of an inventory, from the items of ``split`` alone; KeyError for an unknown inventory."""
+    """One item of an inventory, from the items of ``split`` alone; KeyError for an unknown inventory.
+
+    In training, ``INVENTED_PERCENT`` of the items of open inventories are invented; none belongs to another split.
+    """
+    if split == "train" and inventory in INVENTORS and source.chance(INVENTED_PERCENT):
+        while True:
+            item = INVENTORS[inventory](source)
+            if split_of("value", inventory, item) == split:
+                return item
     return source.pick(items(inventory, split))
 
 
