@@ -25,6 +25,7 @@ from mixtral.ops.devices import device_of, use_threads
 from mixtral.results import ChatCompletion, ChatDelta, Completion, Delta, TokenLogprob, Usage, completion_of, delta_of
 from mixtral.tokenizer import TextStream, Tokenizer, ToolCall, check_pieces, encode_chat, parse_calls
 from mixtral.weights import dtype_of, find_gguf, is_compact, load_compact, load_model, pieces_of, save_model
+from mixtral.weights.respelling import respelling_of, write_respelling
 from mixtral.wire import Constraint, SamplingParams, TokenEvent
 
 __all__ = [
@@ -267,13 +268,12 @@ class LLM:
 
         Packed matrices are decoded first, all of them.
 
-        The respelling of rare ids, which the embedded model comes with, is not part of such a folder.
-
         Raises:
             ConfigError: there is no such layout.
             CheckpointError: the folder is not empty (and not ``overwrite``), or cannot be written.
         """
         save_model(self.generator.model, Path(folder), layout=layout, overwrite=overwrite)
+        write_respelling(Path(folder), self._tokenizer.respell if self._tokenizer else {})
 
     def stream(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[TokenEvent]:
         """Token events of several prompts; what the server asks of an engine."""
@@ -429,7 +429,7 @@ def load(
     found = load_model(folder, device=target, dtype=kind, reference=reference, **options)
     engine, named = _ready(found, adapter, adapters, compiled=compiled, kv_dtype=kv_dtype)
     fitting = Tokenizer.version_for(found.config.vocab_size)
-    tokenizer = Tokenizer.from_version(fitting) if fitting else None
+    tokenizer = Tokenizer.from_version(fitting, respell=respelling_of(folder)) if fitting else None
     if tokenizer and (pieces := pieces_of(folder)):
         check_pieces(tokenizer, pieces, source=str(folder))
     return LLM(found, tokenizer, name=name, engine=engine, adapters=named)

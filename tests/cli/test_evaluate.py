@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from mixtral.config import MixtralConfig
 from mixtral.desk.verify import check
 from mixtral.desk.write import suite_documents
 from mixtral.errors import CapacityError
+from mixtral.evaluate.desk import Answer
 from mixtral.model import Mixtral, initialise
-from mixtral.tokenizer import Tokenizer
+from mixtral.results import ChatCompletion, Usage
+from mixtral.tokenizer import Tokenizer, ToolCall
 from mixtral.weights import save_model
 
 Capture = pytest.CaptureFixture[str]
@@ -135,3 +138,40 @@ def test_a_prompt_that_fills_the_context_is_refused(monkeypatch: pytest.MonkeyPa
     documents = suite_documents("sums/2-op", 1, seed=1, split="validation")
     with pytest.raises(CapacityError):
         answers.answerer(small, lambda *batch: None)(documents)
+
+
+def test_answers_vote(llm: mixtral.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter(["#### 4", "#### 5", "nothing", "#### 5"] * 2)
+    drawn: list[int] = []
+
+    def batch(model: object, documents: list[object], seeds: list[int]) -> list[Answer]:
+        drawn.extend(seeds)
+        return [Answer(next(texts)) for _ in documents]
+
+    monkeypatch.setattr(answers, "_answer_batch", batch)
+    documents = suite_documents("sums/2-op", 2, seed=5, split="test")
+    found = answers.voter(llm, 4, lambda *told: None)(documents)
+    assert [answer.text for answer in found] == ["#### 5", "#### 5"]
+    assert drawn == [0, 1, 2, 3] * 2
+
+
+def test_with_a_grammar_every_answer_is_asked_for_in_its_form() -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Model:
+        def chat(self, messages: object, **options: Any) -> ChatCompletion:
+            asked.append(options)
+            call = ToolCall("abcdefghi", "find_room", '{"nights": 2}')
+            return ChatCompletion("{}", (call,) if options["tools"] else (), "stop", Usage(1, 1))
+
+    documents = [suite_documents(suite, 1, seed=5, split="test")[0] for suite in ("records/values", "calls/values")]
+    found = answers.formed_answerer(Model(), lambda *told: None)(documents)  # type: ignore[arg-type]
+    schema = asked[0]["response_format"]["json_schema"]["schema"]
+    assert schema["properties"].keys() == documents[0].answer["json"].keys()
+    assert (asked[0]["tools"], asked[1]["tools"], asked[1]["response_format"]) == (None, documents[1].tools, None)
+    assert (found[0].text, found[1].calls) == ("{}", ({"name": "find_room", "arguments": '{"nights": 2}'},))
+
+
+def test_votes_are_for_sums(capsys: Capture) -> None:
+    assert main(["evaluate", "--suite", "chat/values", "--samples", "8"]) == 2
+    assert "--samples is for suites of sums" in capsys.readouterr().err

@@ -33,6 +33,33 @@ def test_reference_answers_are_all_correct_and_empty_ones_are_not() -> None:
     assert (some[0].low, some[0].high) == wilson(10, 20)
 
 
+def test_forms_and_languages_are_counted() -> None:
+    def answerer(documents: Sequence[Document]) -> list[Answer]:
+        """Half of the answers right; of the others a third of the right form."""
+        right = reference(documents)
+        wrong = [Answer("{}"), Answer("{"), Answer("Non lo so, mi dispiace.")]
+        return [answer if place % 2 else wrong[place // 2 % 3] for place, answer in enumerate(right)]
+
+    (records,) = score(answerer, ["records/values"], 30, seed=0, split="validation", sample=10)
+    assert (records.correct, records.formed) == (15, 20)
+    (calls,) = score(reference, ["calls/values"], 30, seed=0, split="validation", sample=10)
+    assert (calls.correct, calls.formed) == (30, 30)
+    (broken,) = score(
+        lambda found: [Answer("", ({"name": "other", "arguments": "{}"},))] * len(found),
+        ["calls/values"], 30, seed=0, split="validation", sample=10,
+    )  # fmt: skip
+    assert broken.formed == 0
+    (chat,) = score(
+        lambda found: [Answer("Non è nella camera degli ospiti, che peccato.")] * len(found),
+        ["chat/values"], 40, seed=0, split="validation", sample=10,
+    )  # fmt: skip
+    assert chat.formed is None
+    assert sum(n for _, _, n in chat.languages.values()) == 40
+    assert {name: heard == n for name, (_, heard, n) in chat.languages.items()} == {
+        name: name == "it" for name in chat.languages
+    }
+
+
 def test_the_answerer_gets_the_documents_of_the_suite() -> None:
     seen: list[Document] = []
 
@@ -88,13 +115,17 @@ def test_wilson_refuses_what_is_no_share(correct: int, n: int) -> None:
 
 
 def test_table_and_json() -> None:
-    rows = [SuiteScore("sums/1-op", 200, 150, *wilson(150, 200), "majority", 3)]
+    rows = [
+        SuiteScore("sums/1-op", 200, 150, *wilson(150, 200), "majority", 3),
+        SuiteScore("records/values", 200, 150, *wilson(150, 200), "nearest", 0, formed=199),
+    ]
     assert to_markdown(rows).splitlines() == [
-        "| suite | n | correct % | 95 % interval | baseline % | baseline |",
-        "|---|---:|---:|---:|---:|---|",
-        "| sums/1-op | 200 | 75.0 | 68.6 - 80.5 | 1.5 | majority |",
+        "| suite | n | correct % | 95 % interval | form % | baseline % | baseline |",
+        "|---|---:|---:|---:|---:|---:|---|",
+        "| sums/1-op | 200 | 75.0 | 68.6 - 80.5 |  | 1.5 | majority |",
+        "| records/values | 200 | 75.0 | 68.6 - 80.5 | 99.5 | 0.0 | nearest |",
     ]
     made = json.loads(to_json(rows, split="test", seed=7))
     assert (made["split"], made["seed"], made["decoding"]) == ("test", 7, "greedy")
-    (row,) = made["scores"]
+    row = made["scores"][0]
     assert SuiteScore(**row) == SuiteScore("sums/1-op", 200, 150, 0.685659, 0.804918, "majority", 3)

@@ -24,6 +24,7 @@ from mixtral.cli import (
     init,
     inspect,
     output,
+    overlap,
     quantize,
     serve,
     train,
@@ -51,6 +52,7 @@ app.command("bench")(bench.run)
 app.command("batch")(batch.run)
 app.command("serve", context_settings=serve.CONTEXT)(serve.run)
 app.command("evaluate")(evaluate.run)
+app.command("overlap")(overlap.run)
 app.add_typer(train.app, name="train")
 app.add_typer(adapter.app, name="adapter")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,10 +11,11 @@ if TYPE_CHECKING:
     from mixtral.desk.source import Document
     from mixtral.evaluate.desk import Answer, Answerer
 
-__all__ = ["BATCH", "MAX_TOKENS", "answerer", "read_answer"]
+__all__ = ["BATCH", "MAX_TOKENS", "TEMPERATURE", "answerer", "formed_answerer", "read_answer", "voter"]
 
 BATCH = 32  # documents that are answered together
-MAX_TOKENS = 160  # longest answer
+MAX_TOKENS = 320  # longest answer
+TEMPERATURE = 0.7  # of answers that vote
 
 # Equals no call that a document asks for, so the answer counts as wrong.
 _BROKEN_CALL = {"name": "", "arguments": ""}
@@ -36,7 +38,60 @@ def answerer(llm: LLM, on_batch: Callable[[str, int, int], None]) -> Answerer:
     return answer
 
 
-def _answer_batch(llm: LLM, documents: Sequence[Document]) -> list[Answer]:
+def formed_answerer(llm: LLM, on_batch: Callable[[str, int, int], None]) -> Answerer:
+    """As ``answerer``, with the form of every answer enforced: records by their schema, calls by their functions'."""
+    from mixtral.errors import MessagesError
+    from mixtral.evaluate.desk import Answer
+
+    def one(document: Document) -> Answer:
+        schema = document.answer.get("schema")
+        form = {"type": "json_schema", "json_schema": {"name": "record", "schema": schema}} if schema else None
+        try:
+            reply = llm.chat(
+                document.messages[:-1],
+                tools=document.tools or None,
+                response_format=form,
+                temperature=0.0,
+                max_tokens=MAX_TOKENS,
+            )
+        except MessagesError:
+            return Answer("", (_BROKEN_CALL,))
+        return Answer(reply.content, tuple({"name": c.name, "arguments": c.arguments} for c in reply.tool_calls))
+
+    def answer(documents: Sequence[Document]) -> list[Answer]:
+        found: list[Answer] = []
+        for document in documents:
+            found.append(one(document))
+            if len(found) % BATCH == 0 or len(found) == len(documents):
+                on_batch(document.suite, len(found), len(documents))
+        return found
+
+    return answer
+
+
+def voter(llm: LLM, samples: int, on_batch: Callable[[str, int, int], None]) -> Answerer:
+    """Sums by vote: the number that most of ``samples`` answers at ``TEMPERATURE`` end with; of equals the first."""
+    from mixtral.desk.verify import number_of
+    from mixtral.evaluate.desk import Answer
+
+    def answer(documents: Sequence[Document]) -> list[Answer]:
+        found: list[Answer] = []
+        size = max(1, BATCH // samples)
+        for start in range(0, len(documents), size):
+            some = [document for document in documents[start : start + size] for _ in range(samples)]
+            seeds = [sample for _ in documents[start : start + size] for sample in range(samples)]
+            texts = [reply.text for reply in _answer_batch(llm, some, seeds)]
+            for first in range(0, len(texts), samples):
+                votes = Counter(map(number_of, texts[first : first + samples]))
+                found.append(Answer(f"#### {votes.most_common(1)[0][0]}"))
+            on_batch(documents[0].suite, len(found), len(documents))
+        return found
+
+    return answer
+
+
+def _answer_batch(llm: LLM, documents: Sequence[Document], seeds: Sequence[int] | None = None) -> list[Answer]:
+    """Greedy answers, or with ``seeds`` answers that are drawn."""
     from mixtral.tokenizer import encode_chat
     from mixtral.wire import SamplingParams
 
@@ -45,7 +100,12 @@ def _answer_batch(llm: LLM, documents: Sequence[Document]) -> list[Answer]:
         for document in documents
     ]
     params = [
-        SamplingParams(temperature=0.0, seed=0, max_tokens=min(MAX_TOKENS, llm.context - len(ids))) for ids in prompts
+        SamplingParams(
+            temperature=TEMPERATURE if seeds else 0.0,
+            seed=seeds[place] if seeds else 0,
+            max_tokens=min(MAX_TOKENS, llm.context - len(ids)),
+        )
+        for place, ids in enumerate(prompts)
     ]
     written: list[list[int]] = [[] for _ in documents]
     ended = [False] * len(documents)

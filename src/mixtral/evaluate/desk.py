@@ -7,12 +7,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mixtral import __version__
 from mixtral.desk.source import Document, Split
-from mixtral.desk.verify import check
+from mixtral.desk.verify import check, is_formed, languages_of
 from mixtral.desk.write import SKILLS, suite_documents
 from mixtral.errors import ConfigError
 
@@ -35,7 +35,12 @@ Answerer = Callable[[Sequence[Document]], Sequence[Answer]]
 
 @dataclass(frozen=True, slots=True)
 class SuiteScore:
-    """Correct answers among ``n``, the Wilson 95 % interval of the share, and the better trivial baseline."""
+    """Correct answers among ``n``, the Wilson 95 % interval of the share, and the better trivial baseline.
+
+    ``formed`` answers can be read as what was asked for: JSON, or calls of functions on offer; None where nothing of
+    that kind is asked for. ``languages`` has, for the language of the question, how many answers were correct, how many
+    were in that language or in none that can be told, and of how many.
+    """
 
     suite: str
     n: int
@@ -44,6 +49,8 @@ class SuiteScore:
     high: float
     baseline_name: str
     baseline_correct: int
+    formed: int | None = None
+    languages: dict[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 def score(
@@ -73,8 +80,28 @@ def score(
         correct = _correct(documents, answers)
         low, high = wilson(correct, count)
         name, baseline = _baseline(documents, seed=seed, sample=sample)
-        scores.append(SuiteScore(suite, count, correct, low, high, name, baseline))
+        formed = _formed(documents, answers)
+        languages = _languages(documents, answers)
+        scores.append(SuiteScore(suite, count, correct, low, high, name, baseline, formed, languages))
     return scores
+
+
+def _formed(documents: Sequence[Document], answers: Sequence[Answer]) -> int | None:
+    """How many answers have the form that was asked for, None if none was."""
+    pairs = zip(documents, answers, strict=True)
+    votes = [is_formed(document, answer.text, answer.calls) for document, answer in pairs]
+    return None if all(vote is None for vote in votes) else sum(vote is True for vote in votes)
+
+
+def _languages(documents: Sequence[Document], answers: Sequence[Answer]) -> dict[str, tuple[int, int, int]]:
+    found: dict[str, list[int]] = {}
+    for document, answer in zip(documents, answers, strict=True):
+        heard = languages_of(answer.text)
+        own = found.setdefault(document.language, [0, 0, 0])
+        own[0] += check(document, answer.text, answer.calls)
+        own[1] += not heard or document.language in heard
+        own[2] += 1
+    return {name: (own[0], own[1], own[2]) for name, own in sorted(found.items())}
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
@@ -88,19 +115,25 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 def to_markdown(scores: Sequence[SuiteScore]) -> str:
-    """The scores as a table in per cent, one row per suite."""
-    lines = ["| suite | n | correct % | 95 % interval | baseline % | baseline |", "|---|---:|---:|---:|---:|---|"]
+    """The scores as a table in per cent, one row per suite; ``form %``: answers of the form that was asked for."""
+    lines = [
+        "| suite | n | correct % | 95 % interval | form % | baseline % | baseline |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
     for row in scores:
         share, baseline = 100 * row.correct / row.n, 100 * row.baseline_correct / row.n
         interval = f"{100 * row.low:.1f} - {100 * row.high:.1f}"
-        lines.append(f"| {row.suite} | {row.n} | {share:.1f} | {interval} | {baseline:.1f} | {row.baseline_name} |")
+        formed = "" if row.formed is None else f"{100 * row.formed / row.n:.1f}"
+        lines.append(
+            f"| {row.suite} | {row.n} | {share:.1f} | {interval} | {formed} | {baseline:.1f} | {row.baseline_name} |"
+        )
     return "\n".join(lines) + "\n"
 
 
-def to_json(scores: Sequence[SuiteScore], *, split: Split, seed: int) -> str:
+def to_json(scores: Sequence[SuiteScore], *, split: Split, seed: int, decoding: str = "greedy") -> str:
     """What was asked and the scores, as a JSON object; ``scores`` have the fields of ``SuiteScore``, shares rounded."""
     rows = [{**asdict(row), "low": round(row.low, 6), "high": round(row.high, 6)} for row in scores]
-    made = {"mixtral": __version__, "split": split, "seed": seed, "decoding": "greedy", "scores": rows}
+    made = {"mixtral": __version__, "split": split, "seed": seed, "decoding": decoding, "scores": rows}
     return json.dumps(made, indent=2) + "\n"
 
 

@@ -18,7 +18,7 @@ from mixtral.tokenizer import Tokenizer
 from mixtral.train import checkpoint
 from mixtral.train.start import fingerprint, load_start
 from mixtral.train.tune import AdapterConfig
-from mixtral.weights import dtype_of, save_compact, save_model
+from mixtral.weights import dtype_of, respelling_of, save_compact, save_model, write_respelling
 from mixtral.weights.names import EMBEDDING, HEAD, is_router
 from mixtral.weights.save import check_folder
 from mixtral.weights.vocab import build_respell, expand_rows, row_map
@@ -67,6 +67,8 @@ def export_run(
     if values["trained_ids"] is None:
         model = _filled(Mixtral(sizes, device="meta"), weights, wanted or torch.bfloat16)
         save_model(model, destination, overwrite=overwrite)
+        if base := values.get("base"):
+            write_respelling(destination, respelling_of(Path(base)))
         return f"a checkpoint in {dtype or 'bfloat16'}"
     _export_compact(sizes.replace(vocab_size=values.get("vocab_size", sizes.vocab_size)), weights, saved, destination)
     return "int8 groups with shared vocabulary rows"

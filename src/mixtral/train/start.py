@@ -18,7 +18,7 @@ from mixtral.errors import ConfigError
 from mixtral.model import Mixtral
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
 from mixtral.tokenizer import Tokenizer
-from mixtral.weights import is_compact, load_compact, load_model
+from mixtral.weights import is_compact, load_compact, load_model, respelling_of
 from mixtral.weights.load import place
 from mixtral.weights.names import EMBEDDING, HEAD, is_router
 from mixtral.weights.vocab import share_rows
@@ -26,7 +26,7 @@ from mixtral.weights.vocab import share_rows
 __all__ = ["Start", "fingerprint", "load_start"]
 
 _WEIGHTS = {".safetensors", ".gguf", ".pth", ".pt", ".bin"}
-_CONFIGS = {"config.json", "params.json"}
+_CONFIGS = {"config.json", "params.json", "respelling.json"}
 _ENDS = 1 << 20  # bytes of either end of a file that its fingerprint covers
 
 
@@ -77,9 +77,10 @@ def load_start(path: Path, *, dtype: str, full: bool) -> Start:
             "from float weights only. Train an adapter (a table [adapter], or --adapter), or take the float weights",
             param="path",
         )
-    tokenizer = Tokenizer.for_vocab_size(model.config.vocab_size)
+    respell = respelling_of(path)
+    version = Tokenizer.for_vocab_size(model.config.vocab_size).version
     masters = _narrow(model, wanted) if full else {}
-    return Start(model, masters, tokenizer, None, {}, 1)
+    return Start(model, masters, Tokenizer.from_version(version, respell=respell), None, respell, 1)
 
 
 def _compact(path: Path, dtype: torch.dtype, *, full: bool) -> Start:

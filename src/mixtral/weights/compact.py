@@ -46,7 +46,15 @@ from mixtral.weights.names import EMBEDDING, HEAD, is_router, parameter_shapes
 from mixtral.weights.save import checked_parameters, to_json, weight_files
 from mixtral.weights.vocab import check_rows, expand_rows, share_rows
 
-__all__ = ["MANIFEST_NAME", "Compact", "compact_header", "is_compact", "load_compact", "save_compact"]
+__all__ = [
+    "MANIFEST_NAME",
+    "Compact",
+    "compact_header",
+    "is_compact",
+    "load_compact",
+    "read_respelling",
+    "save_compact",
+]
 
 MANIFEST_NAME = "manifest.json"
 MAX_PIECES = 64  # of the spelling of one id; the longest token has fewer bytes
@@ -264,6 +272,14 @@ def _panels(codes: Tensor, scales: Tensor) -> Panels:
     if found is None:
         raise RuntimeError("int8 in groups of 32 has no kernel")
     return found
+
+
+def read_respelling(folder: Path) -> dict[int, tuple[int, ...]]:
+    """The respelling alone; errors as of ``load_compact``, but the sum of the file is not compared."""
+    config = read_folder_config(folder)
+    header = compact_header(folder, config)
+    with ShardReader() as reader:
+        return _read_respell(header, reader, config.vocab_size)
 
 
 def _read_respell(header: Header, reader: ShardReader, vocab_size: int) -> dict[int, tuple[int, ...]]:
