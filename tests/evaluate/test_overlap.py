@@ -16,7 +16,7 @@ MIXTURE = {"chat": 50, "sums": 50}
 def compared(suites: list[str], **changes: int) -> list[Overlap]:
     values = {"count": 30, "trained": 300, "trained_seed": 3} | changes
     count = values.pop("count")
-    return overlaps(suites, count, seed=1, split="test", mixture=MIXTURE, **values)
+    return overlaps(suites, count, seed=1, split="test", mixture_of=lambda number: MIXTURE, **values)
 
 
 def test_held_out_prompts_are_not_trained() -> None:

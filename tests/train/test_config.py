@@ -67,6 +67,12 @@ def test_json_gives_the_same_configuration_back(nano: Callable[..., PretrainConf
         ({"data": {"mixture": {"sums": -1}}}, "mixture", "expected dict"),
         ({"data": {"mixture": {"sums": True}}}, "mixture", "expected dict"),
         ({"data": {"mixture": {"sums": 1001}}}, "mixture", "mixture: sums is 1001; expected at most 1000"),
+        ({"data": {"later": {"5": {"sums": -1}}}}, "later", "expected dict"),
+        ({"data": {"later": {"5": 3}}}, "later", "expected dict"),
+        ({"data": {"later": {"5": {"sums": 1001}}}}, "later.5", "later.5: sums is 1001; expected at most 1000"),
+        ({"data": {"later": {"0": {"sums": 1}}}}, "later", "'0' is no step; expected a number from 1 on"),
+        ({"data": {"later": {"05": {"sums": 1}}}}, "later", "'05' is no step"),
+        ({"data": {"later": {"soon": {"sums": 1}}}}, "later", "'soon' is no step"),
         ({"data": {"unknown_per_mille": 1001}}, "unknown_per_mille", "is 1001; expected at most 1000"),
         ({"run": {"steps": 2**31}}, "steps", "x.toml: run: steps is 2147483648; expected at most 2147483647"),
         ({"run": {"steps": 5, "threads": 2**40}}, "threads", "threads is 1099511627776; expected at most 1024"),
@@ -140,6 +146,12 @@ def test_negative_seeds_are_seeds() -> None:
 def test_an_unknown_preset_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="known presets: 8x7b"):
         from_tables(model={"preset": "huge"})
+
+
+def test_mixtures_hold_from_their_steps_on(nano: Callable[..., PretrainConfig]) -> None:
+    config = nano(data={"mixture": {"sums": 1}, "later": {"10": {"chat": 1}, "4": {"calls": 1}}}).data
+    found = [next(iter(config.mixture_at(step))) for step in (0, 3, 4, 9, 10, 10**6)]
+    assert found == ["sums", "sums", "calls", "calls", "chat", "chat"]
 
 
 def test_a_configuration_cannot_be_changed_after_its_check() -> None:

@@ -51,6 +51,21 @@ def test_a_batch_depends_on_seed_and_step_alone(changed: DeskData, trained_ids: 
     assert not equal(forward[0], only_batch(changed, 0))
 
 
+def test_a_step_has_the_mixture_of_its_time(trained_ids: list[int]) -> None:
+    early = replace(CONFIG, mixture={"sums": 1}, later={"3": {"calls": 1}})
+    data = DeskData(early, trained_ids)
+
+    def skills(step: int, split: Split = "train") -> list[TokenBatch]:
+        return list(data.micro_batches(step, split=split))
+
+    for step, kept in ((2, {"sums": 1}), (3, {"calls": 1})):
+        alone = DeskData(replace(CONFIG, mixture=kept), trained_ids)
+        assert [part.lengths for part in alone.micro_batches(step)] == [part.lengths for part in skills(step)]
+    plain = DeskData(replace(CONFIG, mixture={"sums": 1}), trained_ids)
+    expected = [part.lengths for part in plain.micro_batches(5, split="validation")]
+    assert [part.lengths for part in skills(5, "validation")] == expected
+
+
 def test_labels_are_the_next_inputs_and_stay_in_their_document(data: DeskData) -> None:
     batch = only_batch(data, 3)
     bos, eos = (int(data.row_of_id[i]) for i in (data.tokenizer.bos_id, data.tokenizer.eos_id))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixtral.errors import TrainingError
+from mixtral.errors import ConfigError, TrainingError
 from mixtral.model import Batch, Documents
 from mixtral.ops import Route
 from mixtral.train import checkpoint, training
@@ -203,6 +203,18 @@ def test_a_run_may_be_made_longer_and_so_may_its_documents(tmp_path: Path, nano:
     run = pretrain(longer, tmp_path, on_step=ignore)
     assert run.steps_done == 2
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
+
+
+def test_a_mixture_that_holds_later_may_come_later(tmp_path: Path, nano: Nano) -> None:
+    pretrain(nano(run={"steps": 2}), tmp_path, on_step=ignore)
+    run = pretrain(nano(run={"steps": 3}, data={"later": {"2": {"story": 1}}}), tmp_path, on_step=ignore)
+    assert run.steps_done == 3
+    with pytest.raises(TrainingError, match=r"data\.later is \{\}, but the run was started with"):
+        Pretraining(nano(run={"steps": 4}), tmp_path)
+    with pytest.raises(TrainingError, match=r"data\.later"):
+        Pretraining(nano(run={"steps": 4}, data={"later": {"1": {"sums": 1}, "2": {"story": 1}}}), tmp_path)
+    with pytest.raises(ConfigError, match="unknown skill 'songs'"):
+        Pretraining(nano(data={"later": {"2": {"songs": 1}}}), tmp_path / "other")
 
 
 def test_the_sum_over_parts_is_the_gradient_of_the_step(tmp_path: Path, nano: Nano) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mixtral.cli import output
 from mixtral.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mixtral.train.config import DataConfig
 
 __all__ = ["run"]
 
@@ -25,7 +28,7 @@ def run(
     from mixtral.desk.write import SUITES
     from mixtral.evaluate.overlap import overlaps, to_markdown
 
-    trained_seed, mixture, trained = _read(folder)
+    config, trained = _read(folder)
     parts = [trained * part // 10 for part in range(1, 11)]
 
     def on_part(done: int) -> None:
@@ -39,22 +42,30 @@ def run(
         seed=seed,
         split=split,
         trained=trained,
-        trained_seed=trained_seed,
-        mixture=mixture,
+        trained_seed=config.seed,
+        mixture_of=lambda number: config.mixture_at(number // config.documents_per_step),
         on_part=on_part,
     )
     output.write(to_markdown(rows))
 
 
-def _read(folder: Path) -> tuple[int, dict[str, int], int]:
-    """Seed, mixture and number of the documents that a run has trained, from its record."""
+def _read(folder: Path) -> tuple[DataConfig, int]:
+    """What decides the documents of a run, and how many it has trained, from its record."""
+    from mixtral.train.config import DataConfig
+
     path = folder / "record.json"
     try:
         record: Any = json.loads(path.read_text(encoding="utf-8"))
         data = record["data"]
-        found = int(record["seeds"]["data"]), dict(data["mixture_percent"]), int(data["documents"])
-    except (ValueError, KeyError, TypeError):
+        found = DataConfig(
+            seed=record["seeds"]["data"],
+            documents_per_step=record["training"]["documents_per_step"],
+            mixture=data["mixture_percent"],
+            later=data.get("mixture_later", {}),
+        )
+        trained = int(data["documents"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path}: expected the record of a run of `mixtral train pretrain`", param="folder") from None
-    if found[2] < 1:
+    if trained < 1:
         raise ConfigError(f"{path}: the run has not trained anything yet", param="folder")
-    return found
+    return found, trained

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from mixtral.desk.calls import calls
+from mixtral.desk.copies import SUITES as COPIES_SUITES
+from mixtral.desk.copies import copies
 from mixtral.desk.notes import SUITES as NOTES_SUITES
 from mixtral.desk.notes import notes, story
 from mixtral.desk.records import records
@@ -19,11 +21,11 @@ __all__ = ["MIXTURE", "SKILLS", "SUITES", "document", "suite_documents"]
 
 Generator = Callable[[int, Split, int], Document]
 SKILLS: Mapping[str, Generator] = MappingProxyType(
-    {"chat": chat, "calls": calls, "records": records, "sums": sums, "notes": notes, "story": story}
+    {"chat": chat, "calls": calls, "records": records, "sums": sums, "notes": notes, "story": story, "copies": copies}
 )
 """Generator of each skill, called with (seed, split, number)."""
 MIXTURE: Mapping[str, int] = MappingProxyType(
-    {"chat": 34, "calls": 20, "records": 14, "sums": 18, "notes": 10, "story": 4}
+    {"chat": 26, "calls": 20, "records": 14, "sums": 18, "notes": 10, "story": 2, "copies": 10}
 )
 """Documents of each skill among 100 documents."""
 SUITES: tuple[str, ...] = (
@@ -37,6 +39,7 @@ SUITES: tuple[str, ...] = (
     "records/schemas",
     *SUMS_SUITES,
     *NOTES_SUITES,
+    *COPIES_SUITES,
 )
 """The suites of held-out documents that are scored; the part before the slash is the skill."""
 

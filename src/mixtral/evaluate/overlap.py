@@ -46,12 +46,13 @@ def overlaps(
     split: Split,
     trained: int,
     trained_seed: int,
-    mixture: Mapping[str, int],
+    mixture_of: Callable[[int], Mapping[str, int]],
     on_part: Callable[[int], None] = lambda done: None,
 ) -> list[Overlap]:
     """Compare ``count`` prompts of each suite with the first ``trained`` documents of the training split.
 
-    ``trained_seed`` and ``mixture`` are those of the run; ``on_part`` hears how many of its documents were read.
+    ``trained_seed`` is that of the run, ``mixture_of`` gives the mixture that a document was drawn from; ``on_part``
+    hears how many documents were read.
 
     Raises:
         ConfigError: a suite or a skill of the mixture is unknown, or a suite has too few documents.
@@ -68,7 +69,7 @@ def overlaps(
     wanted, equal = {prompt for some in prompts.values() for prompt in some}, set()
     for start in range(0, trained, _PART):
         numbers = range(start, min(start + _PART, trained))
-        items = [document(trained_seed, "train", number, mixture) for number in numbers]
+        items = [document(trained_seed, "train", number, mixture_of(number)) for number in numbers]
         equal |= wanted.intersection(map(_prompt, items))
         _mark(every, seen, (_hashes(_ids(tokenizer, item, answered=True)) for item in items))
         on_part(numbers.stop)

@@ -43,7 +43,8 @@ class DataConfig:
     ``trained_rows`` is the number of vocabulary rows with weights of their own, chosen by frequency in the first
     ``sample_documents`` documents; all other ids share one more row. ``prompt_weight`` is the loss weight of tokens
     that are not the assistant's. ``unknown_per_mille`` input tokens in a thousand are replaced by the shared row.
-    ``mixture`` is the share of every skill in percent; empty is the default of ``desk.write``.
+    ``mixture`` is the share of every skill in percent; empty is the default of ``desk.write``. ``later`` has other
+    mixtures by the step, counted from 0, from which on they hold; what is validated stays that of ``mixture``.
     """
 
     seed: int = 1
@@ -54,15 +55,28 @@ class DataConfig:
     prompt_weight: float = 0.2
     unknown_per_mille: int = 3
     mixture: dict[str, int] = field(default_factory=dict)
+    later: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def mixture_at(self, step: int) -> dict[str, int]:
+        """That of a step; empty is the default."""
+        begun = [int(first) for first in self.later if int(first) <= step]
+        return self.later[str(max(begun))] if begun else self.mixture
 
     def __post_init__(self) -> None:
         check_least(self, documents_per_step=1, micro_batches=1, trained_rows=1, sample_documents=1, prompt_weight=0.0)
         check_least(self, seed=_SEEDS[0], unknown_per_mille=0)
         check_most(self, documents_per_step=_MOST, micro_batches=_MOST, trained_rows=_MOST, sample_documents=_MOST)
         check_most(self, seed=_SEEDS[1], unknown_per_mille=1000)
-        for skill, share in self.mixture.items():
-            if share > 1000:
-                raise ConfigError(f"mixture: {skill} is {_shown(share)}; expected at most 1000", param="mixture")
+        for name, mixture in {
+            "mixture": self.mixture,
+            **{f"later.{step}": m for step, m in self.later.items()},
+        }.items():
+            for skill, share in mixture.items():
+                if share > 1000:
+                    raise ConfigError(f"{name}: {skill} is {_shown(share)}; expected at most 1000", param=name)
+        for first in self.later:
+            if not first.isascii() or not first.isdecimal() or str(int(first)) != first or not 1 <= int(first) <= _MOST:
+                raise ConfigError(f"later: {first!r} is no step; expected a number from 1 on", param="later")
         if self.documents_per_step % self.micro_batches:
             raise ConfigError(
                 f"documents_per_step is {self.documents_per_step}; expected a multiple of micro_batches "
@@ -239,7 +253,8 @@ def read_table(kind: type[C], values: Mapping[str, Any], name: str, source: str)
             "float": isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
             "str": isinstance(value, str),
             "bool": isinstance(value, bool),
-            "dict[str, int]": isinstance(value, dict) and all(type(v) is int and v >= 0 for v in value.values()),
+            "dict[str, int]": _is_mixture(value),
+            "dict[str, dict[str, int]]": isinstance(value, dict) and all(map(_is_mixture, value.values())),
         }
         if not fits[wanted]:
             raise ConfigError(f"{source}: {key} is {value!r}; expected {wanted}", param=key)
@@ -250,6 +265,10 @@ def read_table(kind: type[C], values: Mapping[str, Any], name: str, source: str)
         return kind(**table)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}", param=error.param) from None
+
+
+def _is_mixture(value: object) -> bool:
+    return isinstance(value, dict) and all(type(share) is int and share >= 0 for share in value.values())
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

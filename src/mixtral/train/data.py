@@ -77,6 +77,8 @@ class DeskData:
 
     def __init__(self, config: DataConfig, trained: list[int], version: str = "v3") -> None:
         self.config = config
+        for mixture in config.later.values():  # an unknown skill is an error now, and not when its step has come
+            document(config.seed, "train", 0, mixture)
         plain = Tokenizer.from_version(version)
         surfaces = [plain.token_bytes(i) for i in range(plain.vocab_size)]
         self.respell = build_respell(surfaces, set(trained))
@@ -93,16 +95,17 @@ class DeskData:
         size = self.config.documents_per_step // self.config.micro_batches
         for part in range(self.config.micro_batches):
             first = step * self.config.documents_per_step + part * size
-            yield self._batch(range(first, first + size)[turn[0] :: turn[1]], split)
+            mixture = self.config.mixture_at(step) if split == "train" else self.config.mixture
+            yield self._batch(range(first, first + size)[turn[0] :: turn[1]], split, mixture)
 
-    def _batch(self, numbers: range, split: Split) -> TokenBatch:
+    def _batch(self, numbers: range, split: Split, mixture: dict[str, int]) -> TokenBatch:
         inputs: list[int] = []
         labels: list[int] = []
         own: list[bool] = []
         unknown: list[int] = []
         lengths = []
         for number in numbers:
-            item = document(self.config.seed, split, number, self.config.mixture or None)
+            item = document(self.config.seed, split, number, mixture or None)
             ids, trained = encode_document(self.tokenizer, item)
             if split == "train":
                 unknown += [len(inputs) + place for place in self._unknown_places(number, len(ids) - 1)]

@@ -348,12 +348,19 @@ def open_state(folder: Path, config: Settings, kind: str, mesh: Mesh | None = No
     found = saved[2].get("kind", "pretrain")
     if found != kind:
         raise TrainingError(f"{folder}: holds a run of {found}, not of {kind}; choose another folder")
-    _check_same(config, saved[2]["config"])
+    _check_same(_until(config.to_dict(), saved[0]), _until(saved[2]["config"], saved[0]), config)
     return saved
 
 
-def _check_same(config: Settings, saved: Mapping[str, Any]) -> None:
-    now = config.to_dict()
+def _until(values: dict[str, Any], step: int) -> dict[str, Any]:
+    """A configuration without the mixtures that hold from a later step on: they may still be changed."""
+    if not (values.get("data") or {}).get("later"):
+        return values
+    later = {first: mixture for first, mixture in values["data"]["later"].items() if int(first) < step}
+    return {**values, "data": {**values["data"], "later": later}}
+
+
+def _check_same(now: Mapping[str, Any], saved: Mapping[str, Any], config: Settings) -> None:
     for table, values in now.items():
         if table == "record":
             continue
@@ -379,4 +386,6 @@ def _check_same(config: Settings, saved: Mapping[str, Any]) -> None:
 def _default(config: Settings, table: str, name: str) -> Any:
     own = getattr(config, table)
     found = [field.default for field in dataclasses.fields(own) if field.name == name]
-    return None if not found or found[0] is dataclasses.MISSING else found[0]
+    if not found or found[0] is dataclasses.MISSING:
+        return {} if name == "later" else None
+    return found[0]
