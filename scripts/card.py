@@ -31,7 +31,7 @@ from the weights, the log of the run and the scores beside this file.
 
 {layers} layers, width {width}, {heads} query and {groups} key-value heads of size {head}, {experts} experts of hidden
 size {hidden}, {per_token} per token, the v3 tokenizer with all its {vocabulary:,} ids. {total:,} parameters, {active:,}
-active per token. {rows:,} ids have rows of their own; the others share one (`docs/embedded.md`). int8 in groups of 32;
+active per token. {rows:,} ids have rows of their own; the others share one (`docs/embedded-model.md`). int8 in groups of 32;
 {megabytes:.1f} MB.
 
 ## Data

@@ -27,7 +27,7 @@ NOTES = {
     "README.md": "this page",
     "SECURITY.md": "what the program guards against, and how to report a hole",
     "docs/clients.md": "programs that use the server: tested examples with what they print",
-    "docs/embedded.md": "the embedded model: what it is, how it was trained, held-out scores",
+    "docs/embedded-model.md": "the embedded model: what it is, how it was trained, held-out scores",
     "docs/images/page-experts.png": "the chat page: experts of an answer",
     "docs/images/serving.png": "speed of the server by number of streams, beside llama.cpp's",
     "docs/images/page-phone.png": "the chat page on a phone",

@@ -38,5 +38,11 @@ def toml(**changes: dict[str, Any]) -> str:
     lines = []
     for name, table in tables.items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in (table | changes.get(name, {})).items()]
+        lines += [f"{key} = {_value(value)}" for key, value in (table | changes.get(name, {})).items()]
     return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {_value(inner)}' for key, inner in value.items())} }}"
+    return json.dumps(value)

@@ -31,9 +31,9 @@ def export_run(
 ) -> str:
     """Write the float32 masters of the newest state; what was written, in words.
 
-    A run on shared vocabulary rows becomes int8 groups, with the respelling of the ids it did not train; a run of all
-    weights of another model an ordinary checkpoint in ``dtype`` (None: bfloat16), the only one that has a choice; a run
-    of an adapter a PEFT folder. ``averaged`` takes the averaged weights.
+    A run on shared vocabulary rows becomes int8 groups, with the respelling of the ids it did not train, or with
+    ``dtype`` an ordinary checkpoint with the respelling beside it; a run of all weights of another model an ordinary
+    checkpoint (None: bfloat16); a run of an adapter a PEFT folder. ``averaged`` takes the averaged weights.
 
     Raises:
         TrainingError: there is no such run, it holds no whole state, or it has no averaged weights.
@@ -53,10 +53,10 @@ def export_run(
     if not weights:
         raise TrainingError(f"{run_folder}: the run kept no averaged weights; they need optim.ema above 0")
     config = values["config"]
-    if dtype is not None and (config.get("adapter") or values["trained_ids"] is not None):
-        what = "an adapter, in float32" if config.get("adapter") else "int8 groups with shared vocabulary rows"
-        raise ConfigError(f"dtype is {dtype!r}, but the run becomes {what}; leave dtype out", param="dtype")
     if config.get("adapter"):
+        if dtype is not None:
+            what = "an adapter, in float32"
+            raise ConfigError(f"dtype is {dtype!r}, but the run becomes {what}; leave dtype out", param="dtype")
         _export_adapter(weights, values, destination, overwrite=overwrite)
         return "a PEFT adapter"
     if values.get("experts"):
@@ -70,7 +70,15 @@ def export_run(
         if base := values.get("base"):
             write_respelling(destination, respelling_of(Path(base)))
         return f"a checkpoint in {dtype or 'bfloat16'}"
-    _export_compact(sizes.replace(vocab_size=values.get("vocab_size", sizes.vocab_size)), weights, saved, destination)
+    sizes = sizes.replace(vocab_size=values.get("vocab_size", sizes.vocab_size))
+    row_of_id, respell = _vocabulary(values)
+    weights |= {name: expand_rows(weights[name], row_of_id) for name in (EMBEDDING, HEAD)}
+    model = _filled(Mixtral(sizes, device="meta"), weights, wanted or torch.float32)
+    if dtype is not None:
+        save_model(model, destination, overwrite=overwrite)
+        write_respelling(destination, respell)
+        return f"a checkpoint in {dtype}"
+    save_compact(model, destination, row_of_id=row_of_id, respell=respell, metadata=_notes(step, values))
     return "int8 groups with shared vocabulary rows"
 
 
@@ -97,16 +105,17 @@ def _with_experts(chosen: dict[str, Tensor], values: dict[str, Any]) -> dict[str
     return weights
 
 
-def _export_compact(
-    sizes: MixtralConfig, weights: dict[str, Tensor], saved: tuple[int, Any, dict[str, Any]], destination: Path
-) -> None:
-    step, _, values = saved
-    config, trained = values["config"], values["trained_ids"]
+def _vocabulary(values: dict[str, Any]) -> tuple[Tensor, dict[int, tuple[int, ...]]]:
+    """The row of every id, and the spelling of those that have none of their own."""
+    trained = values["trained_ids"]
     tokenizer = Tokenizer.from_version(values.get("tokenizer", "v3"))
     respell = build_respell([tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)], set(trained))
-    row_of_id = row_map(trained, tokenizer.vocab_size)
-    tables = {name: expand_rows(weights[name], row_of_id) for name in (EMBEDDING, HEAD)}
-    model = _filled(Mixtral(sizes, device="meta"), weights | tables, torch.float32)
+    return row_map(trained, tokenizer.vocab_size), respell
+
+
+def _notes(step: int, values: dict[str, Any]) -> dict[str, str]:
+    """What the file says about the run."""
+    config = values["config"]
     numbers = {
         "kind": values.get("kind", "pretrain"),
         "steps": step,
@@ -115,11 +124,10 @@ def _export_compact(
         "seconds": round(values["seconds_total"]),
         "seed": config["run"]["seed"],
         "data_seed": config["data"]["seed"],
-        "trained_rows": len(trained),
+        "trained_rows": len(values["trained_ids"]),
         "torch": values["torch"],
     }
-    metadata = {name: str(value) for name, value in numbers.items()}
-    save_compact(model, destination, row_of_id=row_of_id, respell=respell, metadata=metadata)
+    return {name: str(value) for name, value in numbers.items()}
 
 
 def _filled(model: Mixtral, weights: dict[str, Tensor], dtype: torch.dtype) -> Mixtral:
