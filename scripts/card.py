@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,19 @@ from the weights, the log of the run and the scores beside this file.
 
 {layers} layers, width {width}, {heads} query and {groups} key-value heads of size {head}, {experts} experts of hidden
 size {hidden}, {per_token} per token, the v3 tokenizer with all its {vocabulary:,} ids. {total:,} parameters, {active:,}
-active per token. {rows:,} ids have rows of their own; the others share one (`docs/embedded-model.md`). int8 in groups of 32;
-{megabytes:.1f} MB.
+active per token. {rows:,} ids have rows of their own; the others share one (`docs/embedded-model.md`). int8 in groups
+of 32; {megabytes:.1f} MB.
 
 ## Data
 
 The generator in `mixtral.desk`, seed {data_seed}, split `train`; nothing was downloaded and nobody's text was used.
-Documents are drawn by skill with the weights {mixture}. Held-out values, templates, functions and schemas never occur
-in the training split.
+Documents are drawn by skill with these weights:
+
+{mixture}.
+
+Held-out values, templates, functions and schemas never occur in the training split. Half of the names and codes that are
+trained are invented, and in 40 % of the documents with functions these and their parameters have other names: what is
+copied must be read.
 
 ## Training
 
@@ -65,7 +72,7 @@ always the most frequent reply (`majority`). `mixtral evaluate --split {split} -
 ## Limits
 
 It knows one invented town and nothing else. It was not trained to refuse, to be safe, or to say what it does not
-know. Answers outside the town desk are noise. Texts much longer than 512 tokens were not trained.
+know. Answers outside the town desk are noise. Texts longer than 2,048 tokens were not trained.
 """
 
 
@@ -99,7 +106,7 @@ def render(run_folder: Path, model_folder: Path) -> str:
         megabytes=(model_folder / "model.safetensors").stat().st_size / 1e6,
         data_seed=notes["data_seed"],
         seed=notes["seed"],
-        mixture=", ".join(f"{skill} {weight:g}" for skill, weight in data["mixture"].items()),
+        mixture=mixtures(data),
         steps=steps,
         tokens=tokens,
         per_step=tokens / steps,
@@ -126,6 +133,13 @@ def render(run_folder: Path, model_folder: Path) -> str:
         n=scores[0].n,
         scores=to_markdown(scores),
     )
+
+
+def mixtures(data: Mapping[str, Any]) -> str:
+    """The shares of the skills, and those that held later."""
+    parts = [("", data["mixture"]), *((f"; from step {step} on ", shares) for step, shares in data["later"].items())]
+    text = "".join(intro + ", ".join(f"{skill} {share}" for skill, share in shares.items()) for intro, shares in parts)
+    return textwrap.fill(text, 116, break_on_hyphens=False)
 
 
 def curve(log: list[dict[str, Any]]) -> str:

@@ -2,8 +2,6 @@
 #include "mixtral/documents.h"
 
 #include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "lanes.h"
 
@@ -112,7 +110,7 @@ class Scratch {
       std::free(data_);
       size_ = 0;
       data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(up_to(4 * count, 64))));
-      if (data_ == nullptr) throw std::bad_alloc();
+      if (data_ == nullptr) std::abort();  // on a thread of others nobody could catch an exception
       size_ = count;
     }
     return data_;

@@ -28,7 +28,10 @@ KERNELS = {
 ENCODERS = {"baseline": (), "avx2": ("-mavx2",), "avx512": AVX512}
 LEVELS = ("baseline", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 SOURCES = [
-    (name, level) for level in KERNELS if level != "amx" for name in ("gemm", "rows", "attention", "dense", "peaks")
+    (name, level)
+    for level in KERNELS
+    if level != "amx"
+    for name in ("gemm", "rows", "attention", "dense", "documents", "passes", "peaks")
 ]
 SOURCES += [(name, "amx") for name in ("amx", "amx_dense", "peaks")]
 

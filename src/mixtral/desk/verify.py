@@ -55,7 +55,9 @@ def is_formed(document: Document, text: str, calls: Sequence[Mapping[str, Any]] 
         return None
     offered = {tool["function"]["name"] for tool in document.tools}
     made = _plain_calls(calls)
-    return bool(made) and all(name in offered and (_canonical(text) or "").startswith("{") for name, text in made)
+    return bool(made) and all(
+        name in offered and (_canonical(arguments or "") or "").startswith("{") for name, arguments in made
+    )
 
 
 def languages_of(text: str) -> tuple[str, ...]:
