@@ -43,9 +43,9 @@ Documents are drawn by skill with these weights:
 
 {mixture}.
 
-Held-out values, templates, functions and schemas never occur in the training split. Half of the names and codes that are
-trained are invented, and in 40 % of the documents with functions these and their parameters have other names: what is
-copied must be read.
+Held-out values, templates, functions and schemas never occur in the training split. Half of the names and codes that
+are trained are invented, and in 40 % of the documents with functions these and their parameters have other names: what
+is copied must be read.
 
 ## Training
 
