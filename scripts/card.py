@@ -1,7 +1,7 @@
 """Writes the model card of the embedded model from its weights' header, the log of its run and its scores.
 
 Run: python scripts/card.py RUN_FOLDER, after `mixtral train export RUN_FOLDER src/mixtral/embedded --overwrite` and
-`mixtral evaluate --split test --count 200 --json src/mixtral/embedded/scores.json`.
+`mixtral evaluate --split test --count 1000 --json src/mixtral/embedded/scores.json`.
 """
 
 from __future__ import annotations
