@@ -48,3 +48,10 @@ class BookBike(pydantic.BaseModel):
 
     days: int
     date: str
+
+
+# The embedded model learnt to write JSON from papers with fields, and calls from wishes.
+BIKE_TEXT = (
+    "Make a JSON object from this text.\n\nFields: days (integer), date (string)\n\n"
+    "I need a bike for 8 days on 2026-05-20."
+)

@@ -9,7 +9,7 @@ import openai
 import pydantic
 import pytest
 
-from desk import BIKE, DATE, DAY, LOST, BookBike, Lost
+from desk import BIKE, BIKE_TEXT, DATE, DAY, LOST, BookBike, Lost
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # importing it takes seconds
 
@@ -36,7 +36,7 @@ def ask(client: openai.OpenAI, mode: str, model: type[pydantic.BaseModel], text:
 
 @pytest.mark.parametrize("mode", ["TOOLS", "JSON_SCHEMA"])
 def test_models(client: openai.OpenAI, mode: str) -> None:
-    booked = ask(client, mode, BookBike, BIKE, max_retries=0)
+    booked = ask(client, mode, BookBike, BIKE_TEXT, max_retries=0)
     lost = ask(client, mode, Lost, LOST, max_retries=0)
     assert isinstance(booked, BookBike)
     assert isinstance(lost, Lost)

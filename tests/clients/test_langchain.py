@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from desk import BIKE, DATE, DAY, FACT, FULL, LOST, NEXT, QUESTION, BookBike, Lost
+from desk import BIKE, BIKE_TEXT, DATE, DAY, FACT, FULL, LOST, NEXT, QUESTION, BookBike, Lost
 
 if TYPE_CHECKING:
     from langchain_openai import ChatOpenAI
@@ -78,7 +78,7 @@ def test_a_function_its_result_and_the_answer(model: ChatOpenAI) -> None:
 def test_structured_output(model: ChatOpenAI, method: Any) -> None:
     found = model.with_structured_output(Lost, method=method).invoke(LOST)
     assert isinstance(found, Lost)
-    booked = model.with_structured_output(BookBike, method=method).invoke(BIKE)
+    booked = model.with_structured_output(BookBike, method=method).invoke(BIKE_TEXT)
     assert isinstance(booked, BookBike)
     assert DAY in found.date or DATE in booked.date
 

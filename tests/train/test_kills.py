@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve()
 STEPS = 8
 NANO = toml(
     model={"num_hidden_layers": 2},
-    data={"documents_per_step": 2, "sample_documents": 60},
+    data={"documents_per_step": 2, "sample_documents": 200},
     optim={"ema": 0.9},
     run={"steps": STEPS, "save_every": 1, "keep_last": 2},
 )
