@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests benchmarks scripts
 TEXT := $(CODE) docs README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md Makefile pyproject.toml .ci .github
-KERNEL_TESTS := tests/compiled tests/quant tests/engine tests/model tests/adapters/test_named.py tests/test_api.py
+KERNEL_TESTS := tests/ops/test_compiled.py tests/compiled tests/quant tests/engine tests/model tests/adapters/test_named.py tests/test_api.py
 # Text in five languages: codespell knows English only.
 FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -392,7 +392,7 @@ def load(
 
     ``dtype`` None keeps that of the files. Quantised matrices stay so in memory; ``decode`` decodes all of them now,
     which takes the memory of ``dtype``. On the CPU the model runs on compiled kernels, which round the inputs of
-    quantised matrices to int8 in blocks of 256; with ``reference``, and on other devices, in plain torch, which decodes
+    quantised matrices to int8 in blocks of 256; with ``reference``, and on other devices, in torch, which decodes
     matrices where they are used. ``kv_dtype`` is what the kernels store keys and values as, "bfloat16", "float32" or
     "int8"; default: bfloat16 for bfloat16 models, else float32. ``threads`` sets the CPU threads of the whole process;
     default: the physical cores that it may use, by affinity and quota, unless torch was told to use fewer. ``name`` is

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixtral import ops
 from mixtral.model import Documents
 from mixtral.ops import compiled, native, reference
 
@@ -199,6 +200,12 @@ def test_what_does_not_fit_is_refused(name: str) -> None:
     operation, values, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         compiled.call(operation, *values)
+
+
+def test_angles_of_another_dtype_are_torchs() -> None:
+    x, angles = torch.randn(5, 2, 8), reference.rope_angles(torch.arange(5), 8, 1e4)
+    found = ops.rope(x, *(angle.bfloat16() for angle in angles))
+    torch.testing.assert_close(found, reference.rope(x, *(angle.bfloat16() for angle in angles)))
 
 
 def test_only_tensors_of_one_kind_are_taken() -> None:

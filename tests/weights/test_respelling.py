@@ -67,6 +67,15 @@ def test_ordinary_folders_and_files_have_none(quantised: Path, tmp_path: Path) -
     assert respelling_of(quantised / "config.json") == {}
 
 
+def test_that_of_a_model_that_was_there_before_goes(tmp_path: Path) -> None:
+    ordinary, target = tmp_path / "ordinary", tmp_path / "target"
+    assert main(["init", str(ordinary), "--preset", "tiny", "--format", "bf16"]) == 0
+    assert main(["convert", "embedded", str(target), "--to", "hf"]) == 0
+    assert respelling_of(target)
+    assert main(["convert", str(ordinary), str(target), "--to", "hf", "--overwrite"]) == 0
+    assert respelling_of(target) == {}
+
+
 def test_it_is_an_object_of_lists(quantised: Path) -> None:
     found = json.loads((quantised / NAME).read_text())
     assert all(isinstance(ids, list) and ids for ids in found.values())

@@ -82,15 +82,17 @@ def check_options(to: str, form: str | None, dtype: str | None, vocab: str | Non
 
 def copy_beside(source: Path, target: Path, vocab_size: int | None, overwrite: bool) -> None:
     """Copy the tokenizer and other small files beside the weights of a folder, and say which."""
-    from mixtral.weights import is_compact, respelling_of, write_respelling
+    from mixtral.weights import respelling_of, write_respelling
     from mixtral.weights.checkpoint import read_any_config
     from mixtral.weights.companions import companions, copy_companions
 
     names = companions(source)
-    if names and vocab_size is not None and vocab_size != read_any_config(source).vocab_size:
-        output.say(f"not copied, as they belong to the old vocabulary: {', '.join(names)}")
+    same = vocab_size is None or vocab_size == read_any_config(source).vocab_size
+    write_respelling(target, respelling_of(source) if same else {})
+    if not same:
+        if names:
+            output.say(f"not copied, as they belong to the old vocabulary: {', '.join(names)}")
         return
-    write_respelling(target, respelling_of(source) if is_compact(source) else {})
     done = copy_companions(names, source, target, overwrite=overwrite)
     if done.names:
         output.say(f"copied beside it: {', '.join(done.names)}")

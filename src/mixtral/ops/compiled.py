@@ -6,6 +6,7 @@ T tokens, D width, H query heads, G key-value heads, K head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,13 @@ def is_compiled(*tensors: Tensor) -> bool:
     """Whether compiled code takes these tensors: all on the CPU, all bfloat16 or all float32, none split over ranks."""
     dtype = tensors[0].dtype
     plain = all(x.device.type == "cpu" and x.dtype == dtype and type(x) in _PLAIN for x in tensors)
-    return plain and dtype in _DTYPES and native.available()
+    return plain and dtype in _DTYPES and _present()
+
+
+@cache
+def _present() -> bool:
+    """Whether there is a compiled module; looked for once, as this is asked for some ten times per layer."""
+    return native.available()
 
 
 def call(name: str, *values: Any) -> None:

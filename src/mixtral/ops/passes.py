@@ -70,7 +70,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def rope(x_THK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     """Same contract as ``reference.rope``. The angles get no gradient."""
-    if compiled.is_compiled(x_THK) and compiled.is_compiled(cos_TK.float()):
+    if compiled.is_compiled(x_THK) and compiled.is_compiled(cos_TK, sin_TK) and cos_TK.dtype == torch.float32:
         return compiled.rope(x_THK, cos_TK, sin_TK)
     out: Tensor = _Rope.apply(x_THK, cos_TK, sin_TK)  # type: ignore[no-untyped-call]
     return out

@@ -19,7 +19,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "respelling.json",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",

@@ -47,12 +47,13 @@ def respelling_of(path: Path) -> dict[int, tuple[int, ...]]:
 
 
 def write_respelling(folder: Path, respelling: Mapping[int, tuple[int, ...]]) -> None:
-    """Write it beside the weights of a folder; nothing if it is empty.
+    """Write it beside the weights of a folder. An empty one is no file: that of a model that was there before goes.
 
     Raises:
         OSError: the folder cannot be written.
     """
     if not respelling:
+        (folder / NAME).unlink(missing_ok=True)
         return
     with Commit(folder, only=NAME) as commit:
         commit.path(NAME).write_text(json.dumps({str(id): list(ids) for id, ids in respelling.items()}), "utf-8")
