@@ -46,7 +46,7 @@ print(*native.kernel_levels())')
 # Capturing in Python alone: what a sanitizer says goes to the terminal.
 LD_PRELOAD="$asan $(library libstdc++.so)" PYTHONPATH="$root/address/site" "$python" -m pytest -q --capture=sys \
   -p no:cacheprovider --timeout=300 -m "not peers and not slow" \
-  tests/compiled tests/quant/test_panels.py tests/quant/test_native.py ${ARGS:-}
+  tests/compiled tests/ops/test_compiled.py tests/quant/test_panels.py tests/quant/test_native.py ${ARGS:-}
 
 library libtsan.so >/dev/null
 build thread thread
