@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,10 @@ class Idle:
     def save(self) -> Path:
         tensors = {"steps": torch.tensor([self.steps_done])}
         return checkpoint.save(self.folder, self.steps_done, tensors, {}, keep_last=self.config.run.keep_last)
+
+    def snapshot(self) -> Callable[[], Path]:
+        step, tensors = self.steps_done, {"steps": torch.tensor([self.steps_done])}
+        return lambda: checkpoint.save(self.folder, step, tensors, {}, keep_last=self.config.run.keep_last)
 
     def validation_loss(self) -> float:
         return self.steps_done / 8
@@ -167,7 +173,54 @@ def test_a_state_that_cannot_be_saved_is_tried_again_at_the_next_time(
     with pytest.warns(UserWarning, match=r"not saved \(No space.*; training goes on, .* after 2 more steps") as told:
         run = pretrain(nano(run={"steps": 7, "save_every": 2}), tmp_path, on_step=ignore)
     assert (tries, len(told), run.steps_done) == ([2, 4, 6, 7], 2, 7)
-    assert [step for step, is_validation in logged(tmp_path) if is_validation] == [6, 7]
+    assert [step for step, is_validation in logged(tmp_path) if is_validation] == [2, 4, 6, 7]
+
+
+def test_steps_go_on_while_a_state_is_saved_and_the_next_save_waits(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    go_on = threading.Event()
+    save = checkpoint.save
+
+    def slow(folder: Path, step: int, *args: Any, **options: Any) -> Path:
+        if step == 3:
+            assert go_on.wait(60)
+        told.append(f"saved {step}")
+        return save(folder, step, *args, **options)
+
+    def on_step(report: StepReport) -> None:
+        told.append(f"step {report.step}")
+        if report.step == 5:
+            go_on.set()
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    pretrain(nano(run={"steps": 8}), tmp_path, on_step=on_step)
+    assert told.index("saved 3") > told.index("step 5")
+    assert [entry for entry in told if entry.startswith("saved")] == ["saved 3", "saved 6", "saved 8"]
+
+
+def test_a_run_that_ends_with_an_error_first_finishes_its_save(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, step = checkpoint.save, Idle.step
+
+    def slow(*args: Any, **options: Any) -> Path:
+        time.sleep(0.2)
+        return save(*args, **options)
+
+    def wrong(self: Idle) -> StepReport:
+        if self.steps_done == 3:
+            raise TrainingError("step 4: the loss is not finite")
+        return step(self)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(Idle, "step", wrong)
+    with pytest.raises(TrainingError, match="not finite"):
+        pretrain(nano(), tmp_path, on_step=ignore)
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None
+    assert found[0] == 3
 
 
 @pytest.mark.parametrize("steps", [5, 6])

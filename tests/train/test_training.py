@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixtral.errors import TrainingError
-from mixtral.train import checkpoint
+from mixtral.train import checkpoint, training
 from mixtral.train.config import PretrainConfig
 from mixtral.train.export import export_run
 from mixtral.train.loop import StepReport
@@ -42,6 +42,31 @@ def test_a_step_with_a_gradient_far_above_the_others_is_skipped_counted_and_logg
     off = Pretraining(nano(optim={"skip_norm": 0.0}), tmp_path / "off")
     off.guard = NormGuard(0.0, [1e-6] * NormGuard.FEWEST)
     assert off.step().skipped == 0
+
+
+def test_a_snapshot_is_of_its_moment_whatever_is_trained_before_it_is_committed(tmp_path: Path, nano: Nano) -> None:
+    run = Pretraining(nano(), tmp_path)
+    run.step()
+    before = {name: value.clone() for name, value in run.optimizer.state().items()}
+    tokens = run.tokens_total
+    commit = run.snapshot()
+    assert commit is not None
+    run.step()
+    assert commit().name == "step-00000001"
+    step, tensors, values = checkpoint.load_latest(tmp_path) or pytest.fail("no state")
+    assert (step, values["tokens_total"], len(values["guard"]["norms"])) == (1, tokens, 1)
+    assert [name for name, value in before.items() if not torch.equal(value, tensors[name])] == []
+    assert json.loads((tmp_path / "record.json").read_text())["training"]["steps"] == 1
+
+
+def test_without_memory_for_a_copy_the_state_is_saved_in_place(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "available_bytes", lambda device: 1 << 20)
+    assert Pretraining(nano(), tmp_path).snapshot() is None
+    run = pretrain(nano(run={"steps": 2, "save_every": 1}), tmp_path, on_step=ignore)
+    assert run.steps_done == 2
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000001", "step-00000002"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,6 +94,10 @@ class Run(Protocol):
         """Commit the run state of this moment."""
         ...
 
+    def snapshot(self) -> Callable[[], Path] | None:
+        """The same for a thread: what commits a copy of the state of this moment. None if it must be ``save``."""
+        ...
+
     def validation_loss(self) -> float | None:
         """The loss on held-out text, None where there is none."""
         ...
@@ -144,40 +149,82 @@ def _drive(
     log = Log(run.folder / "log.jsonl", run.steps_done) if run.mesh.is_first else None
     if run.steps_done and run.mesh.any(log is not None and not log.evaluated):  # killed before its evaluation
         _evaluate(run, log, on_validation)
-    saved_at = run.steps_done
-    while run.steps_done < run.config.run.steps:
-        if run.mesh.any(stopping()):
-            break
-        report = run.step()
-        if log is not None:
-            log.add(asdict(report))
-            on_step(report)
-        is_last = run.steps_done == run.config.run.steps
-        if run.steps_done % run.config.run.save_every == 0 and not is_last and _saved(run, log):
-            saved_at = run.steps_done
-            _evaluate(run, log, on_validation)
-    if saved_at != run.steps_done:
-        if log is not None:
-            log.flush()
+    saves = _Saves(run)
+    try:
+        while run.steps_done < run.config.run.steps:
+            if run.mesh.any(stopping()):
+                break
+            report = run.step()
+            saves.look()
+            if log is not None:
+                log.add(asdict(report))
+                on_step(report)
+            is_last = run.steps_done == run.config.run.steps
+            if run.steps_done % run.config.run.save_every == 0 and not is_last:
+                _flush(log)
+                saves.begin()
+                _evaluate(run, log, on_validation)
+    finally:
+        saves.wait()
+    if saves.step != run.steps_done:
+        _flush(log)
         run.save()
         _evaluate(run, log, on_validation)
 
 
-def _saved(run: Run, log: Log | None) -> bool:
-    """Commit the state. A disk that refuses may take the next one; what was trained is still in memory."""
+def _flush(log: Log | None) -> None:
     if log is not None:
         log.flush()
-    try:
-        run.save()
-    except TrainingError as error:
-        every = run.config.run.save_every
-        warnings.warn(f"{error}; training goes on, the next try is after {every} more steps", stacklevel=3)
-        return False
-    return True
+
+
+class _Saves:
+    """The saves of a run while it trains, one at a time. A disk that refuses may take the next one; what was trained
+    is still in memory. ``step`` is that of the last state that was saved."""
+
+    def __init__(self, run: Run) -> None:
+        self.step = run.steps_done
+        self._run, self._pending = run, (run.steps_done, Future[Path]())
+        self._pending[1].set_result(run.folder)
+        self._pool = ThreadPoolExecutor(1, "save")
+
+    def begin(self) -> None:
+        """Save the state of this moment, if possible in a thread; first wait for the save before."""
+        self.wait()
+        commit = self._run.snapshot()
+        if commit is not None:
+            self._pending = (self._run.steps_done, self._pool.submit(commit))
+            return
+        future = Future[Path]()
+        try:
+            future.set_result(self._run.save())
+        except TrainingError as error:
+            future.set_exception(error)
+        self._pending = (self._run.steps_done, future)
+        self.wait()
+
+    def look(self) -> None:
+        """Tell of the save before, if it has ended and was not told of."""
+        if self._pending[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save before; one that failed is told of."""
+        step, future = self._pending
+        if step == self.step:
+            return
+        try:
+            future.result()
+        except TrainingError as error:
+            every = self._run.config.run.save_every
+            warnings.warn(f"{error}; training goes on, the next try is after {every} more steps", stacklevel=4)
+            self._pending = (self.step, future)
+        else:
+            self.step = step
 
 
 def _evaluate(run: Run, log: Log | None, on_validation: Callable[[int, float], None]) -> None:
-    """The validation loss of a state that is saved: whoever is killed while evaluating has lost nothing."""
+    """The validation loss of a state that is saved, or is being saved: a run that is killed meanwhile makes up for it if
+    it goes on from that state, and drops it if it goes on from the one before."""
     loss = run.validation_loss()
     if loss is None:
         return

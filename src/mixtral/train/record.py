@@ -38,11 +38,11 @@ _PEAK_SIZE = 1024
 _STATED = ("sources", "languages", "filters", "deduplication", "licence")
 
 
-def write_record(folder: Path, run: Training[Any, Any]) -> None:
-    """Write the record of a run as it is now. A disk that refuses costs a warning, never what was trained."""
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a run. A disk that refuses costs a warning, never what was trained."""
     temporary = folder / f".{NAME}.partial"
     try:
-        temporary.write_text(json.dumps(build_record(run), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         temporary.replace(folder / NAME)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import platform
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -23,14 +23,15 @@ from mixtral import __version__
 from mixtral.errors import TrainingError
 from mixtral.model import Batch, Documents, Mixtral
 from mixtral.model.batch import Output
+from mixtral.ops.memory import available_bytes
 from mixtral.parallel.mesh import Mesh, alone
-from mixtral.parallel.state import pieces_of
+from mixtral.parallel.state import Piece, pieces_of
 from mixtral.train import checkpoint
 from mixtral.train.config import OptimConfig
 from mixtral.train.health import Probe, RouterHealth
 from mixtral.train.loop import Settings, StepReport
 from mixtral.train.optim import NormGuard, Optimizer, learning_rate
-from mixtral.train.record import write_record
+from mixtral.train.record import build_record, write_record
 
 __all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versions", "warn_of_versions"]
 
@@ -268,6 +269,30 @@ class Training(ABC, Generic[C, P]):
 
     def save(self) -> Path:
         """Commit the run state of this moment, and write the run record; the folder the state is in."""
+        shards = self.optimizer.shards
+        tensors = self._tensors()
+        return self._commit(tensors if shards is None else pieces_of(tensors, shards.shapes, self.mesh))()
+
+    def snapshot(self) -> Callable[[], Path] | None:
+        """What commits a copy of the run state of this moment, for a thread.
+
+        None on several ranks, which must commit together, and where memory would be short with a copy.
+        """
+        tensors = self._tensors()
+        size = sum(value.nbytes for value in tensors.values())
+        if not self.mesh.is_alone or 1.5 * size > available_bytes(torch.device("cpu")):
+            return None
+        return self._commit({name: value.to("cpu", copy=True) for name, value in tensors.items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.optimizer.state() | {
+            "probe.picks": self._probe.start_LTA,
+            "health.starving": self.health.starving_LE,
+            "health.loads": self._loads_LE,
+        }
+
+    def _commit(self, tensors: Mapping[str, Tensor] | Mapping[str, Piece]) -> Callable[[], Path]:
+        """What commits these tensors with the values of this moment."""
         values = {
             "kind": self.kind,
             "config": self.config.to_dict(),
@@ -280,23 +305,16 @@ class Training(ABC, Generic[C, P]):
             **versions(),
             "machine": platform.processor() or platform.machine(),
         }
-        tensors = self.optimizer.state() | {
-            "probe.picks": self._probe.start_LTA,
-            "health.starving": self.health.starving_LE,
-            "health.loads": self._loads_LE,
-        }
-        shards = self.optimizer.shards
-        path = checkpoint.save(
-            self.folder,
-            self.steps_done,
-            tensors if shards is None else pieces_of(tensors, shards.shapes, self.mesh),
-            values,
-            keep_last=self.config.run.keep_last,
-            mesh=self.mesh,
-        )
-        if self.mesh.is_first:
-            write_record(self.folder, self)
-        return path
+        step, record = self.steps_done, build_record(self) if self.mesh.is_first else None
+
+        def commit() -> Path:
+            keep = self.config.run.keep_last
+            path = checkpoint.save(self.folder, step, tensors, values, keep_last=keep, mesh=self.mesh)
+            if record is not None:
+                write_record(self.folder, record)
+            return path
+
+        return commit
 
     @property
     def trained_part(self) -> float:
