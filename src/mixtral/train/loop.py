@@ -223,7 +223,7 @@ class _Saves:
 
 
 def _evaluate(run: Run, log: Log | None, on_validation: Callable[[int, float], None]) -> None:
-    """The validation loss of a state that is saved, or is being saved: a run that is killed meanwhile makes up for it if
+    """The validation loss of a state that is saved or being saved: a run that is killed meanwhile makes up for it if
     it goes on from that state, and drops it if it goes on from the one before."""
     loss = run.validation_loss()
     if loss is None:
