@@ -12,9 +12,9 @@ import pytest
 from mixtral.desk.copies import SUITES, copies
 from mixtral.desk.source import SPLITS, Split, split_of
 from mixtral.desk.verify import check
-from mixtral.desk.world import INVENTORIES, LANGUAGES
+from mixtral.desk.world import INVENTORIES, LANGUAGES, items
 
-GOLDEN = {"train": "1729789a8ed7ad80", "validation": "57c2025f61847862", "test": "11d9b26906400e6a"}
+GOLDEN = {"train": "e71a8a6b3cf8cb9f", "validation": "33f9d475dcfafce7", "test": "4aa4e32199e322fb"}
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -25,33 +25,60 @@ def test_first_200_documents_never_change(split: Split) -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_answer_stands_in_the_question(split: Split) -> None:
-    suites, languages = set(), set()
+    kinds, languages = set(), set()
     for number in range(300):
         document = copies(1, split, number)
         question, reply = (message["content"] for message in document.messages)
         assert check(document, reply)
         assert document.answer == {"contains": [reply]}
-        suites.add(document.suite)
         languages.add(document.language)
-        if document.suite == "copies/lists":
-            assert question.endswith(f" {reply}")
-            words = re.split(r", |; | / |\n| ", reply)
-            assert 3 <= len(words) == len(set(words)) <= 24
-            continue
-        first, second = question.split("\n\n")
-        asked, table = (first, second) if first.endswith("?") else (second, first)
-        entries = dict(re.split(": | = | - ", line) for line in re.split("\n|; |, ", table))
-        assert [entries[key] for key in asked[:-1].split(", ")] == reply.split(", ")
-        assert 3 <= len(entries) <= 14
-        assert len({*entries, *entries.values()}) == 2 * len(entries)
-    assert suites == set(SUITES)
+        read = list_words if document.suite == "copies/lists" else table_words
+        kind, given, answered = read(question, reply)
+        kinds.add((document.suite, kind))
+        assert given == answered
+    assert kinds == {(suite, kind) for suite in SUITES for kind in ("plain", "as_json")} | {(SUITES[0], "no_json")}
     assert languages == set(LANGUAGES)
+
+
+def list_words(question: str, reply: str) -> tuple[str, list[str], list[str]]:
+    """The kind of a list, and its words in the question and in the reply."""
+    if question.endswith(f" {reply}"):
+        words = re.split(r", |; | / |\n| ", reply)
+        assert 3 <= len(words) == len(set(words)) <= 24
+        return "plain", words, words
+    if reply.startswith("["):
+        words = json.loads(reply)
+        return "as_json", re.split(r", |; | / |\n| ", question)[-len(words) :], words
+    return "no_json", json.loads(question[question.index("[") :]), reply.split(", ")
+
+
+def table_words(question: str, reply: str) -> tuple[str, list[str], list[str]]:
+    """The kind of a table, and the values that are asked for by the table and by the reply."""
+    first, second = question.split("\n\n")
+    asked, table = (first, second) if first.endswith("?") else (second, first)
+    entries = dict(re.split(": | = | - ", line) for line in re.split("\n|; |, ", table))
+    assert 3 <= len(entries) <= 14
+    assert len({*entries, *entries.values()}) == 2 * len(entries)
+    if asked.endswith(": JSON?"):
+        found = json.loads(reply)
+        assert list(found) == asked.removesuffix(": JSON?").split(", ")
+        return "as_json", [entries[key] for key in found], list(found.values())
+    return "plain", [entries[key] for key in asked[:-1].split(", ")], reply.split(", ")
 
 
 def test_names_are_of_their_split() -> None:
     """A held-out list of known names has held-out ones alone."""
     for split in ("validation", "test"):
         for number in range(300):
-            for word in copies(1, split, number).messages[1]["content"].split(", "):
+            for word in re.split(r"[^\w]+", copies(1, split, number).messages[1]["content"]):
                 for inventory in ("first_name", "last_name", "city"):
                     assert word not in INVENTORIES[inventory] or split_of("value", inventory, word) == split
+
+
+def test_training_words_are_no_held_out_values() -> None:
+    splits: tuple[Split, ...] = ("validation", "test")
+    held_out = {item for name in ("first_name", "last_name", "city") for split in splits for item in items(name, split)}
+    words = {
+        word for number in range(2000) for word in re.split(r"\W+", copies(1, "train", number).messages[0]["content"])
+    }
+    assert words.isdisjoint(held_out)

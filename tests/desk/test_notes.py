@@ -33,14 +33,14 @@ def digest(documents: list[Document]) -> str:
 
 @pytest.mark.parametrize(
     ("split", "golden"),
-    [("train", "6f4b802ce5e03a26"), ("validation", "33688b4becaf1bc1"), ("test", "42401d05b6a7c3c7")],
+    [("train", "6f95363b6c5ec5ab"), ("validation", "56df93f6bbe32cb8"), ("test", "13b0ba0283571886")],
 )
 def test_first_200_documents_never_change(written: dict[str, list[Document]], split: str, golden: str) -> None:
     assert digest(written[split][:200]) == golden
 
 
 def test_first_200_stories_never_change() -> None:
-    assert digest([story(0, "train", number) for number in range(200)]) == "2c3c4ba78021d152"
+    assert digest([story(0, "train", number) for number in range(200)]) == "5d41bc5e92833fd6"
 
 
 def test_the_answer_is_copied_from_the_notes(written: dict[str, list[Document]]) -> None:
@@ -156,7 +156,7 @@ def test_suites_differ_in_length(written: dict[str, list[Document]]) -> None:
     assert {document.suite for document in written["train"]} == set(SUITES) - {"notes/4096"}
 
 
-@pytest.mark.parametrize(("suite", "low", "high"), [("notes/2048", 1450, 2100), ("notes/4096", 2800, 4200)])
+@pytest.mark.parametrize(("suite", "low", "high"), [("notes/2048", 1450, 2150), ("notes/4096", 2700, 4200)])
 def test_long_suites_have_about_as_many_tokens_as_they_say(
     written: dict[str, list[Document]], suite: str, low: int, high: int
 ) -> None:
@@ -170,10 +170,19 @@ def test_long_suites_have_about_as_many_tokens_as_they_say(
 
 def test_training_has_few_long_notes_and_none_of_the_longest() -> None:
     counts = Counter(notes(2, "train", number).suite for number in range(3000))
-    shares = {"notes/copy": 20, "notes/short": 54.4, "notes/512": 13.6, "notes/1024": 8.8, "notes/2048": 3.2}
+    shares = {"notes/copy": 20, "notes/short": 49.6, "notes/512": 16, "notes/1024": 8, "notes/2048": 6.4}
     assert set(counts) == set(shares)
     for suite, percent in shares.items():
         assert abs(counts[suite] / 30 - percent) < 2, suite
+
+
+def test_many_people_of_a_training_document_share_names() -> None:
+    shared = 0
+    documents = [d for number in range(600) if (d := notes(2, "train", number)).suite == "notes/512"]
+    for document in documents:
+        firsts = Counter(re.findall(r"(\w+) \w+[^,\n]* (?:at|um|à|a las|alle) ", document.messages[0]["content"]))
+        shared += max(firsts.values(), default=0) > 2
+    assert 0.1 < shared / len(documents) < 0.9
 
 
 def test_stories_are_short_and_tell_facts() -> None:

@@ -10,7 +10,7 @@ from mixtral.desk import world
 from mixtral.desk.records import FIELDS, PAPERS, records, schema, schemas
 from mixtral.desk.source import SPLITS, split_of
 
-GOLDEN = {"train": "edea01ae6cb47636", "validation": "7aa76422e084069f", "test": "1e554d97d2e0257a"}
+GOLDEN = {"train": "d94bf07e01cb0522", "validation": "7aa76422e084069f", "test": "1e554d97d2e0257a"}
 HELD_OUT_SPLITS = ("validation", "test")
 TYPES = {"string": str, "integer": int, "boolean": bool, "array": list, "object": dict}
 

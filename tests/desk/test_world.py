@@ -27,12 +27,14 @@ def test_draw_stays_in_its_split(inventory):
     # Invented items would be of another split as often as any others, were they not drawn again.
     assert {split_of("value", inventory, item) for item in drawn} == {"train"}
     invented = sum(item not in known for item in drawn) / len(drawn)
-    assert abs(invented - (world.INVENTED_PERCENT / 100 if inventory in INVENTORS else 0)) < 0.05
+    assert (
+        abs(invented - (world.INVENTED_PERCENT / 100 if inventory in INVENTORS else 0)) < 0.06
+    )  # some telephone numbers that are invented are known
     assert len(known.intersection(drawn)) >= 2
 
 
-def test_half_of_the_open_items_are_invented():
-    assert world.INVENTED_PERCENT == 50
+def test_most_of_the_open_items_are_invented():
+    assert world.INVENTED_PERCENT == 70
     assert set(INVENTORS) < set(world.INVENTORIES)
 
 

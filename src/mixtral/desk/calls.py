@@ -267,7 +267,7 @@ def _ask(source: Source, split: Split, language: Language, *, unseen: bool) -> D
 
 def _none(source: Source, split: Split, language: Language) -> Document:
     """No function on offer fits: a short reply instead of a call."""
-    if split == "train" and source.chance(35):
+    if split == "train" and source.chance(25):
         said, reply = source.pick(_phrases()["small_talk"][language])
         tools = _offer([], source, split, total=source.between(1, 3))
     else:
@@ -307,8 +307,8 @@ def calls(seed: int, split: Split, number: int) -> Document:
         if place < 35:
             return _none(source, split, language) if place < 15 else _answer(source, split, language)
         return _ask(source, split, language, unseen=place >= 68)
-    if place < 40:
-        document = _none(source, split, language) if place < 20 else _answer(source, split, language)
+    if place < 45:
+        document = _none(source, split, language) if place < 25 else _answer(source, split, language)
     else:
         document = _ask(source, split, language, unseen=False)
     return renamed(document, source, _RESERVED) if source.chance(RENAMED_PERCENT) else document

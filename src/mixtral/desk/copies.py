@@ -6,13 +6,15 @@ words of any pieces, so it is learnt for all of them and not for those that the 
 
 from __future__ import annotations
 
+import json
 import tomllib
 from functools import cache
 from importlib import resources
 from typing import Any
 
-from mixtral.desk.invented import invented_word
-from mixtral.desk.source import Document, Source, Split
+from mixtral.desk import world
+from mixtral.desk.invented import invented_word, pieced_word
+from mixtral.desk.source import SPLITS, Document, Source, Split
 from mixtral.desk.world import LANGUAGES, draw
 
 __all__ = ["SUITES", "copies"]
@@ -24,34 +26,62 @@ _PAIRS = ((": ", "\n"), (" = ", ", "), (" - ", "\n"), (": ", "; "))
 
 
 def copies(seed: int, split: Split, number: int) -> Document:
-    """A list to repeat, or keys whose values are asked for; ``answer`` is ``{"contains": [...]}``."""
+    """A list to repeat, or keys whose values are asked for; ``answer`` is ``{"contains": [...]}``.
+
+    Some are to be written as JSON, or are JSON and to be written without it: a word in quotes has other tokens.
+    """
     source = Source("copies", seed, split, number)
     language = source.pick(LANGUAGES)
-    if source.chance(50):
-        words = _words(source, split, source.between(3, 24))
-        between = source.pick(_BETWEEN)
-        reply = between.join(words)
-        asked = source.pick(_phrases()[language]["repeat"])
-        return _document("copies/lists", language, f"{asked} {reply}", reply)
+    return _list(source, split, language) if source.chance(50) else _table(source, split, language)
+
+
+def _list(source: Source, split: Split, language: str) -> Document:
+    words = _words(source, split, source.between(3, 24))
+    plain, quoted = source.pick(_BETWEEN).join(words), json.dumps(words, ensure_ascii=False)
+    match source.below(10):
+        case 0 | 1 | 2 | 3:
+            kind, given, reply = "as_json", plain, quoted
+        case 4:
+            kind, given, reply = "no_json", quoted, ", ".join(words)
+        case _:
+            kind, given, reply = "repeat", plain, plain
+    asked = source.pick(_phrases()[language][kind])
+    return _document("copies/lists", language, f"{asked} {given}", reply)
+
+
+def _table(source: Source, split: Split, language: str) -> Document:
     words = _words(source, split, 2 * source.between(3, 14))
     keys, values = words[: len(words) // 2], words[len(words) // 2 :]
     middle, between = source.pick(_PAIRS)
     table = between.join(f"{key}{middle}{value}" for key, value in zip(keys, values, strict=True))
     places = source.sample(range(len(keys)), source.between(1, min(6, len(keys))))
-    question = ", ".join(keys[place] for place in places) + "?"
+    asked = [keys[place] for place in places]
+    if source.chance(30):
+        question = f"{', '.join(asked)}: JSON?"
+        reply = json.dumps({keys[place]: values[place] for place in places}, ensure_ascii=False)
+    else:
+        question, reply = ", ".join(asked) + "?", ", ".join(values[place] for place in places)
     parts = [table, question] if source.chance(70) else [question, table]
-    return _document("copies/pairs", language, "\n\n".join(parts), ", ".join(values[place] for place in places))
+    return _document("copies/pairs", language, "\n\n".join(parts), reply)
 
 
 def _words(source: Source, split: Split, count: int) -> list[str]:
-    """Different words, none with white space or punctuation in it; in half of the documents easy ones alone."""
+    """Different words, none with white space or punctuation in it; in a third of the documents easy ones alone."""
     found: list[str] = []
-    kinds = 4 if source.chance(50) else 10
+    kinds = 4 if source.chance(33) else 10
     while len(found) < count:
         word = _word(source, split, source.below(kinds))
-        if word not in found:
+        if word not in found and word not in _of_others(split):
             found.append(word)
     return found
+
+
+@cache
+def _of_others(split: Split) -> frozenset[str]:
+    """Values of the other splits that are no numbers: pieces could be put together to one of them."""
+    others = [other for other in SPLITS if other != split]
+    items = (item for name in world.INVENTORIES for other in others for item in world.items(name, other))
+    return frozenset(item for item in items if not item.isdigit())
 
 
 def _word(source: Source, split: Split, kind: int) -> str:
@@ -61,8 +91,10 @@ def _word(source: Source, split: Split, kind: int) -> str:
         return draw(source.pick(("first_name", "last_name", "city", "room")), source, split)
     if kind < 6:
         word = "".join(source.pick(_LETTERS) for _ in range(source.between(2, 5)))
-    else:
+    elif kind < 7:
         word = invented_word(source)
+    else:
+        return pieced_word(source)
     return word.capitalize() if source.chance(50) else word
 
 

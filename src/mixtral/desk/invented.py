@@ -6,12 +6,15 @@ name it knows where it should copy one that it never met. So part of the trainin
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import resources
 from types import MappingProxyType
 
 from mixtral.desk.source import Source
 
-__all__ = ["INVENTORS", "invented_word"]
+__all__ = ["INVENTORS", "invented_word", "pieced_word"]
 
 _ONSET_TEXT = """
     b br bl c ch cl cr d dr f fl fr g gl gr h j k kl kn kr l m n p pf ph pl pr qu r s sc sch sh sk sl sm sn sp st str
@@ -36,8 +39,27 @@ def invented_word(source: Source) -> str:
             return word
 
 
+def pieced_word(source: Source) -> str:
+    """One to three pieces of the vocabulary, 3 to 14 characters: letters that the tokenizer has as they are.
+
+    Syllables hardly ever begin with the rarer pieces, and a piece that is never written in training cannot be copied.
+    """
+    pieces = _pieces()
+    while True:
+        first = source.pick(pieces["start" if source.chance(80) else "inner"])
+        word = first + "".join(source.pick(pieces["inner"]).lower() for _ in range(source.below(3)))
+        if 3 <= len(word) <= 14:
+            return word
+
+
+@cache
+def _pieces() -> dict[str, list[str]]:
+    text = resources.files("mixtral.desk").joinpath("phrases/pieces.toml").read_text(encoding="utf-8")
+    return {name: words.split() for name, words in tomllib.loads(text).items()}
+
+
 def _name(source: Source) -> str:
-    return invented_word(source).capitalize()
+    return (pieced_word(source) if source.chance(50) else invented_word(source)).capitalize()
 
 
 def _restaurant(source: Source) -> str:
@@ -65,7 +87,7 @@ INVENTORS: Mapping[str, Callable[[Source], str]] = MappingProxyType(
         "city": _name,
         "restaurant": _restaurant,
         "street": lambda source: f"Via {_name(source)}",
-        "mail_host": lambda source: f"{invented_word(source)}.example",
+        "mail_host": lambda source: f"{_name(source).lower()}.example",
         "code": _code,
         "phone": _phone,
     }

@@ -141,7 +141,7 @@ INVENTORIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Names and values by inventory. ``date`` items are ``MM-DD``; ``price`` items are whole euros."""
 
-INVENTED_PERCENT = 50
+INVENTED_PERCENT = 70
 """How many training items of an open inventory are invented instead of taken from it."""
 
 
