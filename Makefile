@@ -15,7 +15,7 @@ FOREIGN := src/mixtral/desk,tests/desk,tests/tokenizer,src/mixtral/embedded
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev serve chat test test-slow test-long soak test-all test-peers test-levels test-amx sanitize lint format bench map
+.PHONY: help install dev serve chat test test-slow test-long soak test-all test-peers test-levels test-amx sanitize lint format bench reproduce-nano map
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -91,6 +91,9 @@ format: $(VENV)/.dev  ## rewrite the code in the project's format
 
 bench: $(VENV)/.dev  ## run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+reproduce-nano: $(VENV)/.run  ## train examples/nano.toml anew (minutes) and compare its loss with the published one
+	$(BIN)/python benchmarks/training/reproduce_nano.py --anew $(ARGS)
 
 map: $(VENV)/.dev  ## write the file map of README.md anew
 	$(BIN)/python scripts/filemap.py

@@ -14,9 +14,9 @@ import pytest
 import torch
 from nano import toml
 
-from mixtral.cli import main
+from mixtral.cli import main, ranks
 from mixtral.errors import TrainingError
-from mixtral.train import checkpoint
+from mixtral.train import checkpoint, tune
 
 
 def nano(steps: int, **run: int) -> str:
@@ -144,3 +144,47 @@ def test_ranks_end_when_their_launcher_is_gone(config: Path, tmp_path: Path) -> 
             os.kill(int(rank), signal.SIGKILL)
         pytest.fail("the ranks still run")
     assert checkpoint.load_latest(tmp_path / "run") is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pretrain --out run --max-seconds 3.0 nano.toml",
+        "sft --out run --data a.jsonl --adapter --set run.epochs=2 --set x.y=1",
+        "sft --out run --tensorboard",
+        "dpo --out run --data p.jsonl --learning-rate 0.001 c.toml",
+    ],
+)
+def test_a_rank_gets_the_words_of_the_command(
+    text: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", *text.split(), "--parallel", "dp=2"]
+    started: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.toml").write_text("[run]\nepochs = 1\n")
+    monkeypatch.setattr(ranks, "launched", lambda arguments, parallel, stopping: started.append(list(arguments)))
+    monkeypatch.setattr(tune, "with_changes", lambda values, changes, source: {"data": {"train": "p"}})
+    assert main(words) == 0
+    assert len(started) == 1
+    assert started[0][:2] == words[:2]
+    assert sorted(started[0]) == sorted(words)
+
+
+@pytest.mark.slow
+def test_sft_on_own_ranks_ends_with_an_adapter(tmp_path: Path) -> None:
+    line = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning!"}]}
+    data = tmp_path / "talks.jsonl"
+    data.write_text(f"{json.dumps(line)}\n" * 8)
+    arguments = ["train", "sft", "--data", str(data), "--adapter", "--epochs", "1", "--parallel", "dp=2"]
+    arguments += ["--set", "data.documents_per_step=4", "--set", "data.max_tokens=64", "--set", "run.threads=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mixtral", *arguments, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2/2  loss") == 1
+    assert done.stdout.count("training a low-rank adapter") == 1
+    assert main(["train", "export", str(tmp_path / "run"), str(tmp_path / "adapter")]) == 0
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()

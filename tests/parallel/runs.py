@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
-from mixtral.errors import TrainingError
+from mixtral.errors import ConfigError, TrainingError
 from mixtral.parallel.mesh import Mesh
 from mixtral.train import checkpoint
 from mixtral.train.config import PretrainConfig
+from mixtral.train.dpo import Dpo
 from mixtral.train.pretrain import Pretraining, StepReport, pretrain
+from mixtral.train.sft import Sft
+from mixtral.train.tune import DpoConfig, SftConfig
 
 Tables = Mapping[str, Any]
 
@@ -109,3 +112,48 @@ def validation_warned(mesh: Mesh, tables: Tables, folder: str) -> tuple[int, flo
         found = validation(mesh, tables, folder)
     assert any("passed over step-00000004" in str(warning.message) for warning in caught)
     return found
+
+
+def tune(
+    mesh: Mesh | None, kind: str, tables: Tables, folder: str, base: str, count: int | None = None
+) -> list[StepReport]:
+    """Fine-tune a model in a folder, as ``train``."""
+    seen: list[StepReport] = []
+    recipe: Any = {"sft": (Sft, SftConfig), "dpo": (Dpo, DpoConfig)}[kind]
+    recipe[0].train(
+        recipe[1].from_dict(tables, source="test"),
+        Path(folder),
+        Path(base),
+        on_step=seen.append,
+        stopping=lambda: count is not None and len(seen) >= count,
+        mesh=mesh,
+    )
+    return seen
+
+
+def refused_tuning(mesh: Mesh, tables: Tables, folder: str, base: str) -> str:
+    """The words by which a run is refused."""
+    try:
+        Sft(SftConfig.from_dict(tables, source="test"), Path(folder), Path(base), mesh)
+    except ConfigError as error:
+        return str(error)
+    return "built"
+
+
+def tuning_without_space(mesh: Mesh, tables: Tables, folder: str, base: str) -> str:
+    """The words by which a save is refused when the first rank's disk refuses."""
+    run = Sft(SftConfig.from_dict(tables, source="test"), Path(folder), Path(base), mesh)
+    run.step()
+    right = checkpoint._commit
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoint._commit = fail
+    try:
+        run.save()
+    except TrainingError as error:
+        return str(error)
+    finally:
+        checkpoint._commit = right
+    return "saved"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 if TYPE_CHECKING:
     from mixtral.parallel.mesh import Mesh
 
-__all__ = ["HELP", "is_to_launch", "joined", "launched"]
+__all__ = ["HELP", "arguments_of", "is_to_launch", "joined", "launched"]
 
 HELP = "Axes and their ranks, such as dp=2 or dp=4,tp=2,ep=2; starts them here unless torchrun has."
 
@@ -30,6 +32,24 @@ def is_to_launch(parallel: str | None) -> bool:
     if in_a_launch():
         raise ConfigError("a launcher started this process as one of several; say how they share: --parallel dp=N")
     return False
+
+
+def arguments_of(context: typer.Context) -> list[str]:
+    """The words that gave a command its parameters: one of its ranks gets the same."""
+    words: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        option = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
+        if isinstance(value, bool):
+            words += option if value else []
+            continue
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        words += [word for one in values for word in (*option, str(one))]
+    names: list[str] = []
+    place: Any = context
+    while place.parent is not None:
+        names, place = [place.info_name, *names], place.parent
+    return names + words
 
 
 def launched(arguments: Sequence[str], parallel: str | None, stopping: Callable[[], bool]) -> None:

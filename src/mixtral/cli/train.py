@@ -49,6 +49,7 @@ app = typer.Typer(help="Pretrain a model, fine-tune one, and export the result."
 
 @app.command("pretrain")
 def pretrain(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file: model, data, optim, run.")],
     out: Out,
     max_seconds: MaxSeconds = None,
@@ -61,11 +62,7 @@ def pretrain(
 
     settings = read_pretrain_config(config)
     out.mkdir(parents=True, exist_ok=True)
-    if ranks.is_to_launch(parallel):
-        arguments = ["train", "pretrain", str(config), "--out", str(out), "--parallel", str(parallel)]
-        arguments += [] if max_seconds is None else ["--max-seconds", str(max_seconds)]
-        with Stop.on_signals() as stop:
-            ranks.launched([*arguments, *(["--tensorboard"] if tensorboard else [])], parallel, lambda: stop.wanted)
+    if _launched(context, parallel):
         return
     with (
         ranks.joined(parallel) as mesh,
@@ -80,6 +77,7 @@ def pretrain(
 
 @app.command("sft")
 def sft(
+    context: typer.Context,
     out: Out,
     config: Config = None,
     model: ModelPath = None,
@@ -91,6 +89,7 @@ def sft(
     set_values: Set = None,
     max_seconds: MaxSeconds = None,
     tensorboard: TensorBoard = False,
+    parallel: Parallel = None,
 ) -> None:
     """Fine-tune a model on conversations and texts. All lines are checked first; the same command goes on with a run.
 
@@ -101,11 +100,13 @@ def sft(
 
     values = _values(config, model, data, validation, epochs, learning_rate, adapter, set_values)
     settings = SftConfig.from_dict(values, source=config.name if config else "options")
-    _fine_tune(train, settings, out, "documents", max_seconds, tensorboard=tensorboard)
+    if not _launched(context, parallel):
+        _fine_tune(train, settings, out, "documents", max_seconds, parallel, tensorboard=tensorboard)
 
 
 @app.command("dpo")
 def dpo(
+    context: typer.Context,
     out: Out,
     config: Config = None,
     model: ModelPath = None,
@@ -117,6 +118,7 @@ def dpo(
     set_values: Set = None,
     max_seconds: MaxSeconds = None,
     tensorboard: TensorBoard = False,
+    parallel: Parallel = None,
 ) -> None:
     """Train a model to prefer one answer to another. All lines are checked first; the same command goes on with a run.
 
@@ -128,7 +130,8 @@ def dpo(
 
     values = _values(config, model, data, validation, epochs, learning_rate, adapter, set_values)
     settings = DpoConfig.from_dict(values, source=config.name if config else "options")
-    _fine_tune(train, settings, out, "pairs", max_seconds, tensorboard=tensorboard)
+    if not _launched(context, parallel):
+        _fine_tune(train, settings, out, "pairs", max_seconds, parallel, tensorboard=tensorboard)
 
 
 @app.command("export")
@@ -152,6 +155,15 @@ def export(
     what = export_run(run_folder, destination, dtype=dtype, averaged=averaged, overwrite=overwrite)
     option = "--adapter" if "adapter" in what else "--model"
     output.say(f"{destination}: written, {what}; try `mixtral chat {option} {destination}`")
+
+
+def _launched(context: typer.Context, parallel: str | None) -> bool:
+    """Whether this command was to start the ranks, which is done then: they have trained to their end."""
+    if not ranks.is_to_launch(parallel):
+        return False
+    with Stop.on_signals() as stop:
+        ranks.launched(ranks.arguments_of(context), parallel, lambda: stop.wanted)
+    return True
 
 
 def _values(
@@ -204,6 +216,7 @@ def _fine_tune(
     out: Path,
     what: str,
     max_seconds: float | None,
+    parallel: str | None,
     *,
     tensorboard: bool,
 ) -> None:
@@ -211,19 +224,27 @@ def _fine_tune(
     from mixtral.train.lines import BadLinesError
 
     base = folder_of(settings.model.path)
-    with _told(out, settings.run.steps, tensorboard=tensorboard) as told:
+    with (
+        ranks.joined(parallel) as mesh,
+        _told(
+            out, settings.run.steps, tensorboard=tensorboard and mesh.is_first, one_of_many=not mesh.is_alone
+        ) as told,
+    ):
 
         def ready(run: FineTuning[Any, Any, Any]) -> None:
             told.steps = run.config.run.steps
+            if not mesh.is_first:
+                return
             trained = sum(parameter.numel() for parameter in run.optimizer.parameters.values())
             output.say(f"{settings.data.train}: {run.lines.told(what)}")
             output.say(f"{settings.model.path}: training {run.what}, {trained:,} numbers, {told.steps} steps")
 
         try:
-            run = train(settings, out, base, on_ready=ready, **told.hooks(max_seconds))
+            run = train(settings, out, base, on_ready=ready, mesh=mesh, **told.hooks(max_seconds))
         except BadLinesError as error:
-            raise _listed(error) from None
-    told.done(out, run.steps_done, run.tokens_total)
+            raise (_listed(error) if mesh.is_first else error) from None
+    if mesh.is_first:
+        told.done(out, run.steps_done, run.tokens_total)
 
 
 def _listed(error: BadLinesError) -> Exception:

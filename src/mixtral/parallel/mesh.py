@@ -80,6 +80,10 @@ class Mesh:
         dist.all_gather(parts, there)
         return [part.to(values.device) for part in parts]
 
+    def most(self, number: int) -> int:
+        """The largest number that any rank has."""
+        return max(int(value) for value in self.gather(torch.tensor([number])))
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says so: what one decides, all do, since nobody can go on alone."""
         return bool(self.sum(torch.tensor([int(flag)])).item())

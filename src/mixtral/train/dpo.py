@@ -6,7 +6,7 @@ N pairs, A answer tokens of all documents, T tokens. Documents stand in pairs: c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, TrainingError
 from mixtral.model.batch import Output
 from mixtral.ops import head_cross_entropy
 from mixtral.train.data import TokenBatch
@@ -112,21 +112,24 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         self._cache: Cache | None = None
         if wanted == "adapter-off" or (wanted == "auto" and has_adapter and self.config.run.epochs == 1):
             return
-        sizes, pairs = self.model.config, [*self.lines.kept, *self.held_out]
+        sizes, pairs = self.model.config, self._pairs
         lengths = [int(doc.trained[1:].sum()) for pair in pairs for doc in self.documents(pair)]
         cache = Cache(
             self.folder / "reference", self._key(), lengths, sizes.num_hidden_layers, sizes.num_experts_per_tok
         )
-        if not cache.open():
-            parts = self._parts(range(len(pairs)))
+        if self.mesh.is_first and not cache.open():
+            parts = [self._part(numbers) for numbers in self._cut(range(len(pairs)))]
             by_numbers = {part.numbers: part for part in parts}
             cache.fill([part.numbers for part in parts], lambda numbers: self._say(by_numbers[tuple(numbers)]))
+        if self.mesh.any(False) or not cache.open():  # the others wait for the first rank here
+            raise TrainingError(f"{self.folder}: the ranks do not see the same files; it must be on a shared disk")
         self._cache = cache
 
     def parts(self, step: int) -> list[PairBatch]:
         """The parts of a step's batch; both documents of a pair are in one."""
         data = self.config.data
-        return self._parts(of_step(data.seed, step, len(self.lines.kept), data.documents_per_step))
+        numbers = self.own(of_step(data.seed, step, len(self.lines.kept), data.documents_per_step))
+        return [self._part(part) for part in self.evenly(self._cut(numbers))]
 
     def weight_of(self, part: PairBatch) -> float:
         """The number of pairs."""
@@ -157,9 +160,11 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         """Mean loss of the held-out pairs."""
         count = len(self.held_out)
         total = 0.0
-        for part in self._parts(range(len(self.lines.kept), len(self.lines.kept) + count)):
+        numbers = self.own(range(len(self.lines.kept), len(self.lines.kept) + count))
+        for part in map(self._part, self._cut(numbers)):
             _, terms = self._weigh(part, self._say(part, as_reference=False), self._reference(part), count)
             total += float(terms["loss"])
+        total = float(self.mesh.sum(torch.tensor([total], dtype=torch.float64)))
         return total if count else None
 
     def facts(self) -> dict[str, Any]:
@@ -175,17 +180,22 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
             }
         }
 
-    def _parts(self, numbers: Sequence[int]) -> list[PairBatch]:
-        pairs = [*self.lines.kept, *self.held_out]
+    def _cut(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        pairs = self._pairs
 
         def size(number: int) -> int:
             return sum(len(doc.ids) - 1 for doc in self.documents(pairs[number]))
 
-        found = []
-        for part in in_parts(numbers, size, self.config.data.tokens_per_part):
-            docs = [doc for number in part for doc in self.documents(pairs[number])]
-            found.append(PairBatch(token_batch(self.start, docs), tuple(part)))
-        return found
+        return in_parts(numbers, size, self.config.data.tokens_per_part)
+
+    def _part(self, numbers: Sequence[int]) -> PairBatch:
+        pairs = self._pairs
+        docs = [doc for number in numbers for doc in self.documents(pairs[number])]
+        return PairBatch(token_batch(self.start, docs), tuple(numbers))
+
+    @property
+    def _pairs(self) -> list[Pair]:
+        return [*self.lines.kept, *self.held_out]
 
     def _weigh(
         self, part: PairBatch, policy: Said, reference: Said, pairs: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -15,10 +15,12 @@ from torch import Tensor
 from mixtral.adapters import Adapter, Selection, attach, attach_experts
 from mixtral.desk.source import Source
 from mixtral.errors import ConfigError, TrainingError
+from mixtral.parallel.mesh import Mesh
 from mixtral.train.data import TokenBatch
 from mixtral.train.lines import Doc, Lines
 from mixtral.train.loop import StepReport, drive
 from mixtral.train.optim import Optimizer
+from mixtral.train.order import at_least
 from mixtral.train.start import Start, fingerprint, load_start
 from mixtral.train.training import Part, Saved, Training, open_state
 from mixtral.train.tune import TuneConfig
@@ -30,6 +32,7 @@ _PROBE_TOKENS = 512
 K = TypeVar("K", bound=TuneConfig)
 P = TypeVar("P", bound=Part)
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 def token_batch(start: Start, docs: Sequence[Doc]) -> TokenBatch:
@@ -44,9 +47,11 @@ def token_batch(start: Start, docs: Sequence[Doc]) -> TokenBatch:
 class FineTuning(Training[K, P], Generic[K, P, T]):
     """A run on lines of a file. ``base`` is the folder or GGUF file that ``config.model`` names."""
 
-    def __init__(self, config: K, folder: Path, base: Path) -> None:
-        super().__init__(config, folder)
+    def __init__(self, config: K, folder: Path, base: Path, mesh: Mesh | None = None) -> None:
+        super().__init__(config, folder, mesh)
+        _check_ranks(config, self.mesh)
         saved = open_state(folder, config, self.kind)
+        _check_same_state(folder, saved, self.mesh)
         self.base, self.base_sha256 = base, fingerprint(base)
         full = config.adapter is None
         self.start: Start = load_start(base, dtype=config.run.dtype, full=full)
@@ -92,11 +97,13 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
         on_validation: Callable[[int, float], None] = lambda step, loss: None,
         max_seconds: float | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        mesh: Mesh | None = None,
     ) -> Self:
         """Fine-tune the model at ``base`` to the end of the configuration; see ``drive`` for logging and stopping.
 
         Every line of the data is checked first. ``on_ready`` gets the run before its first step. Called again with the
-        same folder it goes on where it stopped, with bitwise the same result as one run without a stop.
+        same folder it goes on where it stopped, with bitwise the same result as one run without a stop. All ranks of a
+        ``mesh`` call this together; each has the whole model, and its share of every step's documents.
 
         Raises:
             BadLinesError: lines of the data cannot be trained; nothing was.
@@ -105,12 +112,13 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
         """
         return drive(
             folder,
-            lambda: cls(config, folder, base),
+            lambda: cls(config, folder, base, mesh),
             on_ready=on_ready,
             on_step=on_step,
             on_validation=on_validation,
             max_seconds=max_seconds,
             stopping=stopping,
+            mesh=mesh,
         )
 
     @abstractmethod
@@ -129,7 +137,8 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
         if self.config.adapter is None or not self.config.adapter.dropout:
             return super().step()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(Source("dropout", self.config.run.seed, self.steps_done).below(1 << 32))
+            rank = () if self.mesh.is_alone else (self.mesh.rank,)
+            torch.manual_seed(Source("dropout", self.config.run.seed, self.steps_done, *rank).below(1 << 32))
             return super().step()
 
     def own_values(self) -> dict[str, Any]:
@@ -229,10 +238,39 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
                 break
         return token_batch(self.start, docs)
 
+    def own(self, items: Sequence[V]) -> Sequence[V]:
+        """Those of this rank."""
+        return items[self.mesh.place.data :: self.mesh.axes.dp]
+
+    def evenly(self, parts: Iterable[list[V]]) -> list[list[V]]:
+        """As many parts on every rank: they meet in each of them."""
+        cut = list(parts)
+        return at_least(cut, self.mesh.most(len(cut)))
+
     def answers(self, hidden_TD: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, labels and weights of the tokens that are learnt: the head need not see the others."""
         index = torch.nonzero(part.own_T).flatten()
         return hidden_TD.index_select(0, index), part.labels_T[index], part.weights_T[index]
+
+
+def _check_ranks(config: TuneConfig, mesh: Mesh) -> None:
+    axes, count = mesh.axes, config.data.documents_per_step
+    if axes.tp > 1 or axes.ep > 1:
+        raise ConfigError(
+            f"parallel is dp={axes.dp}, ep={axes.ep}, tp={axes.tp}; fine-tuning has the whole model in every process: "
+            "expected dp alone",
+            param="parallel",
+        )
+    if count % axes.dp:
+        raise ConfigError(
+            f"documents_per_step is {count}; expected a multiple of dp, {axes.dp}", param="documents_per_step"
+        )
+
+
+def _check_same_state(folder: Path, saved: Saved | None, mesh: Mesh) -> None:
+    step = -1 if saved is None else saved[0]
+    if mesh.any(mesh.most(step) != step):
+        raise TrainingError(f"{folder}: the ranks see different run states; it must be one folder on a shared disk")
 
 
 def _selection(file: Path, saved: Saved | None) -> Selection:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from mixtral.parallel.matrices import Matrices
-from mixtral.parallel.mesh import alone
+from mixtral.parallel.mesh import Mesh, alone
 from mixtral.parallel.shards import Shards, local_part
 from mixtral.train.config import OptimConfig
 
@@ -136,6 +136,20 @@ class Optimizer:
             grad = local_part(parameter.grad).float()
             self._grads[name] = self._grads[name].add_(grad) if name in self._grads else grad
             parameter.grad = None
+
+    def add_ranks(self, mesh: Mesh) -> None:
+        """Make the gradients those of all ranks, where each of them has the whole model.
+
+        A rank has no gradient of an expert that none of its tokens chose.
+        """
+        if mesh.is_alone or self.shards is not None:
+            return
+        found = mesh.sum(torch.tensor([int(name in self._grads) for name in self.parameters])).tolist()
+        names = [name for name, ranks in zip(self.parameters, found, strict=True) if ranks]
+        grads = {
+            name: self._grads[name] if name in self._grads else torch.zeros_like(self.masters[name]) for name in names
+        }
+        self._grads = {name: mesh.sum(grad) for name, grad in grads.items()}
 
     def drop_gradients(self) -> None:
         """Forget the gradients that were added up for a step that is not to be."""

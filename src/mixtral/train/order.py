@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from mixtral.desk.source import Source
 
-__all__ = ["in_parts", "of_step"]
+__all__ = ["at_least", "in_parts", "of_step"]
 
 T = TypeVar("T")
 
@@ -22,6 +22,15 @@ def of_step(seed: int, step: int, count: int, per_step: int) -> list[int]:
 @functools.lru_cache(maxsize=2)
 def _epoch(seed: int, epoch: int, count: int) -> Sequence[int]:
     return Source("order", seed, epoch).shuffled(range(count))
+
+
+def at_least(parts: Sequence[list[T]], count: int) -> list[list[T]]:
+    """The same items in ``count`` parts or more, as far as there are items: the fullest part is halved meanwhile."""
+    found = list(parts)
+    while len(found) < count and (fullest := max(found, key=len, default=[]))[1:]:
+        place, middle = found.index(fullest), len(fullest) // 2
+        found[place : place + 1] = [fullest[:middle], fullest[middle:]]
+    return found
 
 
 def in_parts(items: Sequence[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,11 +37,11 @@ class Sft(FineTuning[SftConfig, TokenBatch, Doc]):
         """The parts of a step's batch: the same documents whatever the size of parts."""
         data = self.config.data
         numbers = of_step(data.seed, step, len(self.lines.kept), data.documents_per_step)
-        return self._parts([self.lines.kept[number] for number in numbers])
+        return self._parts([self.lines.kept[number] for number in self.own(numbers)])
 
-    def _parts(self, docs: list[Doc]) -> list[TokenBatch]:
+    def _parts(self, docs: Sequence[Doc]) -> list[TokenBatch]:
         cut = in_parts(docs, lambda doc: len(doc.ids) - 1, self.config.data.tokens_per_part)
-        return [token_batch(self.start, part) for part in cut]
+        return [token_batch(self.start, part) for part in self.evenly(cut)]
 
     def weight_of(self, part: TokenBatch) -> float:
         """The sum of the loss weights."""
@@ -64,11 +65,12 @@ class Sft(FineTuning[SftConfig, TokenBatch, Doc]):
     def validation_loss(self) -> float | None:
         """Mean cross entropy, in nats, of the learnt tokens of the held-out documents."""
         total = weight = 0.0
-        for part in self._parts(self.held_out):
+        for part in self._parts(self.own(self.held_out)):
             hidden_TD, labels_T, weights_T = self.answers(forward(self.model, part).hidden_TD, part)
             head = self.model.lm_head.weight
             loss, _ = head_cross_entropy(hidden_TD, head, labels_T, weights_T, copies_of_last=self.start.copies_of_last)
             total, weight = total + float(loss), weight + self.weight_of(part)
+        total, weight = self.mesh.sum(torch.tensor([total, weight], dtype=torch.float64)).tolist()
         return total / weight if weight else None
 
 

@@ -206,6 +206,7 @@ class Training(ABC, Generic[C, P]):
             self.backward(part, step)
             self.optimizer.accumulate()
         step.add_ranks()
+        self.optimizer.add_ranks(self.mesh)
         rate, norm = self._update(step)
         seconds = time.monotonic() - start
         self.steps_done += 1
@@ -268,10 +269,23 @@ class Training(ABC, Generic[C, P]):
         return rate, norm
 
     def save(self) -> Path:
-        """Commit the run state of this moment, and write the run record; the folder the state is in."""
+        """Commit the run state of this moment, and write the run record; the folder the state is in.
+
+        Where every rank has the whole state, the first one does it, and the others wait.
+        """
         shards = self.optimizer.shards
         tensors = self._tensors()
-        return self._commit(tensors if shards is None else pieces_of(tensors, shards.shapes, self.mesh))()
+        commit = self._commit(tensors if shards is None else pieces_of(tensors, shards.shapes, self.mesh))
+        if shards is not None or self.mesh.is_alone:
+            return commit()
+        problem = None
+        try:
+            path = commit() if self.mesh.is_first else self.folder
+        except TrainingError as error:
+            problem = error
+        if self.mesh.any(problem is not None):
+            raise problem or TrainingError("the first rank could not save the state; it says why")
+        return path
 
     def snapshot(self) -> Callable[[], Path] | None:
         """What commits a copy of the run state of this moment, for a thread.
@@ -306,10 +320,11 @@ class Training(ABC, Generic[C, P]):
             "machine": platform.processor() or platform.machine(),
         }
         step, record = self.steps_done, build_record(self) if self.mesh.is_first else None
+        mesh = alone() if self.optimizer.shards is None else self.mesh
 
         def commit() -> Path:
             keep = self.config.run.keep_last
-            path = checkpoint.save(self.folder, step, tensors, values, keep_last=keep, mesh=self.mesh)
+            path = checkpoint.save(self.folder, step, tensors, values, keep_last=keep, mesh=mesh)
             if record is not None:
                 write_record(self.folder, record)
             return path
