@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixtral.desk.calls import RENAMED_PERCENT
+from mixtral.desk.world import INVENTED_PERCENT
 from mixtral.evaluate.desk import SuiteScore, to_markdown
 from mixtral.plan import count_parameters
 from mixtral.train.checkpoint import load_latest
@@ -43,9 +45,9 @@ Documents are drawn by skill with these weights:
 
 {mixture}.
 
-Held-out values, templates, functions and schemas never occur in the training split. Half of the names and codes that
-are trained are invented, and in 40 % of the documents with functions these and their parameters have other names: what
-is copied must be read.
+Held-out values, templates, functions and schemas never occur in the training split. {invented} % of the names and codes
+that are trained are invented, from syllables and from pieces of the vocabulary, and in {renamed} % of the documents with
+functions these and their parameters have other names: what is copied must be read.
 
 ## Training
 
@@ -107,6 +109,8 @@ def render(run_folder: Path, model_folder: Path) -> str:
         data_seed=notes["data_seed"],
         seed=notes["seed"],
         mixture=mixtures(data),
+        invented=INVENTED_PERCENT,
+        renamed=RENAMED_PERCENT,
         steps=steps,
         tokens=tokens,
         per_step=tokens / steps,

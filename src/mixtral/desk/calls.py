@@ -19,7 +19,7 @@ from mixtral.desk.renamed import renamed
 from mixtral.desk.source import Document, Source, Split
 from mixtral.desk.world import LANGUAGES, Language
 
-__all__ = ["FUNCTIONS", "HELD_OUT", "calls", "definition", "functions_of"]
+__all__ = ["FUNCTIONS", "HELD_OUT", "RENAMED_PERCENT", "calls", "definition", "functions_of"]
 
 _ALPHABET = ascii_letters + digits
 _CURRENCIES = ("EUR", "USD", "GBP", "CHF", "JPY", "SEK", "NOK", "CZK", "PLN", "DKK")
