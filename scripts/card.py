@@ -46,8 +46,8 @@ Documents are drawn by skill with these weights:
 {mixture}.
 
 Held-out values, templates, functions and schemas never occur in the training split. {invented} % of the names and codes
-that are trained are invented, from syllables and from pieces of the vocabulary, and in {renamed} % of the documents with
-functions these and their parameters have other names: what is copied must be read.
+that are trained are invented, from syllables and from pieces of the vocabulary; in {renamed} % of the documents with
+functions these and their parameters have other names. So what is copied must be read.
 
 ## Training
 
