@@ -65,13 +65,14 @@ def launched(arguments: Sequence[str], parallel: str | None, stopping: Callable[
 
 
 @contextmanager
-def joined(parallel: str | None) -> Iterator[Mesh]:
-    """The mesh that this process is a rank of; alone without a launcher."""
+def joined(parallel: str | None, device: str | None = None) -> Iterator[Mesh]:
+    """The mesh that this process is a rank of; alone without a launcher, on ``device`` or else the CPU."""
+    from mixtral.ops.devices import device_of
     from mixtral.parallel.mesh import alone, in_a_launch, join
     from mixtral.parallel.plan import Axes
 
     if parallel is None or not in_a_launch():
-        yield alone()
+        yield alone(device_of(device or "cpu"))
         return
-    with join(Axes.parse(parallel)) as mesh:
+    with join(Axes.parse(parallel), device=device) as mesh:
         yield mesh

@@ -30,6 +30,9 @@ MaxSeconds = Annotated[
     float | None, typer.Option("--max-seconds", min=0.0, help="Save and end after this time; default: no limit.")
 ]
 Parallel = Annotated[str | None, typer.Option("--parallel", metavar="AXES", help=ranks.HELP)]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, mps ...; default: cpu, with --parallel accelerators if any.")
+]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="Also write event files for TensorBoard.")]
 Config = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file: model, data, optim, run, adapter ...")
@@ -55,6 +58,7 @@ def pretrain(
     max_seconds: MaxSeconds = None,
     tensorboard: TensorBoard = False,
     parallel: Parallel = None,
+    device: Device = None,
 ) -> None:
     """Train from nothing, or go on with a run. Ctrl-C or SIGTERM ends it after the step, saved."""
     from mixtral.train.config import read_pretrain_config
@@ -65,7 +69,7 @@ def pretrain(
     if _launched(context, parallel):
         return
     with (
-        ranks.joined(parallel) as mesh,
+        ranks.joined(parallel, device) as mesh,
         _told(
             out, settings.run.steps, tensorboard=tensorboard and mesh.is_first, one_of_many=not mesh.is_alone
         ) as told,
@@ -90,6 +94,7 @@ def sft(
     max_seconds: MaxSeconds = None,
     tensorboard: TensorBoard = False,
     parallel: Parallel = None,
+    device: Device = None,
 ) -> None:
     """Fine-tune a model on conversations and texts. All lines are checked first; the same command goes on with a run.
 
@@ -101,7 +106,7 @@ def sft(
     values = _values(config, model, data, validation, epochs, learning_rate, adapter, set_values)
     settings = SftConfig.from_dict(values, source=config.name if config else "options")
     if not _launched(context, parallel):
-        _fine_tune(train, settings, out, "documents", max_seconds, parallel, tensorboard=tensorboard)
+        _fine_tune(train, settings, out, "documents", max_seconds, parallel, device, tensorboard=tensorboard)
 
 
 @app.command("dpo")
@@ -119,6 +124,7 @@ def dpo(
     max_seconds: MaxSeconds = None,
     tensorboard: TensorBoard = False,
     parallel: Parallel = None,
+    device: Device = None,
 ) -> None:
     """Train a model to prefer one answer to another. All lines are checked first; the same command goes on with a run.
 
@@ -131,7 +137,7 @@ def dpo(
     values = _values(config, model, data, validation, epochs, learning_rate, adapter, set_values)
     settings = DpoConfig.from_dict(values, source=config.name if config else "options")
     if not _launched(context, parallel):
-        _fine_tune(train, settings, out, "pairs", max_seconds, parallel, tensorboard=tensorboard)
+        _fine_tune(train, settings, out, "pairs", max_seconds, parallel, device, tensorboard=tensorboard)
 
 
 @app.command("export")
@@ -217,6 +223,7 @@ def _fine_tune(
     what: str,
     max_seconds: float | None,
     parallel: str | None,
+    device: str | None,
     *,
     tensorboard: bool,
 ) -> None:
@@ -225,7 +232,7 @@ def _fine_tune(
 
     base = folder_of(settings.model.path)
     with (
-        ranks.joined(parallel) as mesh,
+        ranks.joined(parallel, device) as mesh,
         _told(
             out, settings.run.steps, tensorboard=tensorboard and mesh.is_first, one_of_many=not mesh.is_alone
         ) as told,

@@ -146,7 +146,9 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         head, copies = self.model.lm_head.weight, self.start.copies_of_last
         said = self._said(hidden_AD.detach(), labels_A, part, out)
         weights_A, terms = self._weigh(part, said, self._reference(part), step.labelled)
-        objective, _ = head_cross_entropy(hidden_AD, head, labels_A, weights_A, copies_of_last=copies)
+        objective, _ = head_cross_entropy(
+            hidden_AD, head, labels_A, weights_A.to(hidden_AD.device), copies_of_last=copies
+        )
         optim = self.config.optim
         step.count(out)
         balance, z = router_losses(out.routes, **step.balanced_over(optim, part))
@@ -247,11 +249,11 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
 
     @torch.no_grad()
     def _said(self, hidden_AD: Tensor, labels_A: Tensor, part: PairBatch, out: Output) -> Said:
-        ones_A = torch.ones(len(labels_A))
+        ones_A = torch.ones(len(labels_A), device=labels_A.device)
         head, copies = self.model.lm_head.weight, self.start.copies_of_last
         _, logprobs_A = head_cross_entropy(hidden_AD, head, labels_A, ones_A, copies_of_last=copies)
-        picks = [route.picks_TA[part.tokens.own_T].to(torch.int16) for route in out.routes]
-        return Said(logprobs_A, torch.stack(picks, 1))
+        picks = [route.picks_TA.cpu()[part.tokens.own_T].to(torch.int16) for route in out.routes]
+        return Said(logprobs_A.cpu(), torch.stack(picks, 1))
 
     def _key(self) -> str:
         """What decides the reference's numbers."""

@@ -68,7 +68,7 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
             )
         self.config = config.with_steps(len(self.lines.kept))
         self._check_same_files(saved)
-        self.model = self.start.model
+        self.model = self.start.model.to(self.mesh.device)
         self.adapter: Adapter | None = None
         self.selection: Selection | None = None
         if config.adapter is not None:
@@ -136,7 +136,8 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
         """Train the next step; what dropout leaves out depends on the seed and the step alone."""
         if self.config.adapter is None or not self.config.adapter.dropout:
             return super().step()
-        with torch.random.fork_rng(devices=[]):
+        device = self.mesh.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             rank = () if self.mesh.is_alone else (self.mesh.rank,)
             torch.manual_seed(Source("dropout", self.config.run.seed, self.steps_done, *rank).below(1 << 32))
             return super().step()
@@ -249,8 +250,9 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
 
     def answers(self, hidden_TD: Tensor, part: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, labels and weights of the tokens that are learnt: the head need not see the others."""
-        index = torch.nonzero(part.own_T).flatten()
-        return hidden_TD.index_select(0, index), part.labels_T[index], part.weights_T[index]
+        index, device = torch.nonzero(part.own_T).flatten(), hidden_TD.device
+        labels_A, weights_A = part.labels_T[index].to(device), part.weights_T[index].to(device)
+        return hidden_TD.index_select(0, index.to(device)), labels_A, weights_A
 
 
 def _check_ranks(config: TuneConfig, mesh: Mesh) -> None:

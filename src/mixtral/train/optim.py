@@ -119,7 +119,11 @@ class Optimizer:
         is_rounded = bool(given)
         # Parts are float32: they are their own masters, unless averaged weights are to take their places for a while.
         same = shards is not None and not config.ema
-        self.masters = self.parts if same else {n: given.pop(n, p).float().clone() for n, p in self.parts.items()}
+        self.masters = (
+            self.parts
+            if same
+            else {n: given.pop(n, p).to(p.device, torch.float32, copy=True) for n, p in self.parts.items()}
+        )
         self._grads: dict[str, Tensor] = {}
         self._first = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         self._second = {n: torch.zeros_like(m) for n, m in self.masters.items() if n not in self._matrices}

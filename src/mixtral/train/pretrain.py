@@ -57,6 +57,7 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
         if self.mesh.is_alone:
             model = Mixtral(sizes, dtype=dtype)
             initialise(model, seed=config.run.seed)
+            model = model.to(self.mesh.device)
         else:
             shards = build(sizes, self.mesh, dtype=dtype)
             model = shards.model
