@@ -22,8 +22,8 @@ from mixtral.train.loop import StepReport
 from mixtral.train.pretrain import pretrain
 
 CONFIG = Path(__file__).parents[2] / "examples" / "nano.toml"
-PUBLISHED, TOLERANCE = 0.0, 0.0
-"""Validation loss in nats per token of the assistant, and the most that a run may differ from it: twice what seeds do."""
+PUBLISHED, TOLERANCE = 1.034, 0.05
+"""Validation loss in nats per token of the assistant, and the most that a run may differ from it. Seed 3 gave 1.050."""
 
 
 def main() -> None:
