@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mixtral.errors import TrainingError
 from mixtral.parallel.mesh import Mesh
 from mixtral.train import checkpoint
 from mixtral.train.config import OptimConfig, RunConfig
 from mixtral.train.log import Log
+from mixtral.train.saves import Saved, Saves
 
 __all__ = ["Run", "Settings", "StepReport", "drive"]
 
@@ -74,11 +72,9 @@ class Settings(Protocol):
         ...
 
 
-class Run(Protocol):
+class Run(Saved, Protocol):
     """What the loop asks of a recipe: a run in a folder that knows how far it is."""
 
-    folder: Path
-    steps_done: int
     mesh: Mesh
 
     @property
@@ -88,14 +84,6 @@ class Run(Protocol):
 
     def step(self) -> StepReport:
         """Train the next step."""
-        ...
-
-    def save(self) -> Path:
-        """Commit the run state of this moment."""
-        ...
-
-    def snapshot(self) -> Callable[[], Path] | None:
-        """The same for a thread: what commits a copy of the state of this moment. None if it must be ``save``."""
         ...
 
     def validation_loss(self) -> float | None:
@@ -149,7 +137,7 @@ def _drive(
     log = Log(run.folder / "log.jsonl", run.steps_done) if run.mesh.is_first else None
     if run.steps_done and run.mesh.any(log is not None and not log.evaluated):  # killed before its evaluation
         _evaluate(run, log, on_validation)
-    saves = _Saves(run)
+    saves = Saves(run)
     try:
         while run.steps_done < run.config.run.steps:
             if run.mesh.any(stopping()):
@@ -175,51 +163,6 @@ def _drive(
 def _flush(log: Log | None) -> None:
     if log is not None:
         log.flush()
-
-
-class _Saves:
-    """The saves of a run while it trains, one at a time. A disk that refuses may take the next one; what was trained
-    is still in memory. ``step`` is that of the last state that was saved."""
-
-    def __init__(self, run: Run) -> None:
-        self.step = run.steps_done
-        self._run, self._pending = run, (run.steps_done, Future[Path]())
-        self._pending[1].set_result(run.folder)
-        self._pool = ThreadPoolExecutor(1, "save")
-
-    def begin(self) -> None:
-        """Save the state of this moment, if possible in a thread; first wait for the save before."""
-        self.wait()
-        commit = self._run.snapshot()
-        if commit is not None:
-            self._pending = (self._run.steps_done, self._pool.submit(commit))
-            return
-        future = Future[Path]()
-        try:
-            future.set_result(self._run.save())
-        except TrainingError as error:
-            future.set_exception(error)
-        self._pending = (self._run.steps_done, future)
-        self.wait()
-
-    def look(self) -> None:
-        """Tell of the save before, if it has ended and was not told of."""
-        if self._pending[1].done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the save before; one that failed is told of."""
-        step, future = self._pending
-        if step == self.step:
-            return
-        try:
-            future.result()
-        except TrainingError as error:
-            every = self._run.config.run.save_every
-            warnings.warn(f"{error}; training goes on, the next try is after {every} more steps", stacklevel=4)
-            self._pending = (self.step, future)
-        else:
-            self.step = step
 
 
 def _evaluate(run: Run, log: Log | None, on_validation: Callable[[int, float], None]) -> None:
