@@ -14,7 +14,7 @@ from mixtral.train.config import RunConfig
 __all__ = ["Saved", "Saves"]
 
 
-class Settings(Protocol):
+class _Settings(Protocol):
     """What is asked of a configuration."""
 
     @property
@@ -30,7 +30,7 @@ class Saved(Protocol):
     steps_done: int
 
     @property
-    def config(self) -> Settings:
+    def config(self) -> _Settings:
         """The configuration."""
         ...
 
