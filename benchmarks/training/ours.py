@@ -14,6 +14,7 @@ from workloads import documents
 from mixtral.config import preset
 from mixtral.model import Batch, Documents, Mixtral, initialise
 from mixtral.ops import head_cross_entropy
+from mixtral.ops.memory import keep_freed
 from mixtral.train.config import OptimConfig
 from mixtral.train.dpo import Dpo
 from mixtral.train.losses import router_losses
@@ -41,6 +42,7 @@ def starting_weights(settings: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def pretrain(gate: Gate, settings: dict[str, Any]) -> None:
     """bfloat16 products with float32 masters; Muon and AdamW, or AdamW alone; both router losses."""
+    keep_freed()  # as every training run of ours
     start = starting_weights(settings)
     model = Mixtral(sizes(settings), dtype=torch.bfloat16)
     model.load_state_dict(start)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,24 @@ def test_available_bytes(tmp_path: Path, files: dict[str, str], expected: int) -
 
 def test_this_machine_has_memory_left() -> None:
     assert available_bytes(torch.device("cpu")) > 1 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone can")
+def test_freed_memory_is_kept() -> None:
+    """A large piece that was freed is taken again without new pages of the kernel."""
+    code = (
+        "import resource, torch\n"
+        "from mixtral.ops.memory import keep_freed\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(32 << 20)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults()\n"
+        "anew = faults()\n"
+        "assert keep_freed()\n"
+        "faults()\n"
+        "print(anew, faults())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    anew, kept = map(int, done.stdout.split())
+    assert kept < anew / 10

@@ -23,7 +23,7 @@ from mixtral import __version__
 from mixtral.errors import TrainingError
 from mixtral.model import Batch, Documents, Mixtral
 from mixtral.model.batch import Output
-from mixtral.ops.memory import available_bytes
+from mixtral.ops.memory import available_bytes, keep_freed
 from mixtral.parallel.mesh import Mesh, alone
 from mixtral.parallel.state import Piece, pieces_of
 from mixtral.train import checkpoint
@@ -132,6 +132,7 @@ class Training(ABC, Generic[C, P]):
         self.steps_done, self.tokens_total, self.seconds_total = 0, 0, 0.0
         self.squares_total = 0  # of document lengths: attention's work
         torch.set_num_threads(config.run.threads)
+        keep_freed()
 
     def begin(self, model: Mixtral, optimizer: Optimizer, probe: Part, saved: Saved | None) -> None:
         """The last step of every ``__init__``: take over the saved state, if there is one."""
