@@ -53,7 +53,7 @@ def map_file(path: Path) -> mmap.mmap:
 def keep_freed() -> bool:
     """Let this process keep what it frees, instead of giving it back to the system; whether its C library can.
 
-    A training step takes and frees gigabytes, and glibc maps each large piece anew, page by page, cleared by the kernel.
+    A training step takes and frees gigabytes, and glibc maps each large piece anew, in pages that the kernel clears.
     Without that, a step of the size `mid` of the benchmarks took 2.9 s instead of 3.5 to 3.7 s (Zen 5). What a process
     holds stays near its peak.
     """
