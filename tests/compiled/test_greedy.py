@@ -32,10 +32,8 @@ from mixtral.weights import load_compact
 
 PROMPTS, TOKENS = 200, 32
 MOST_OTHER = {"bfloat16": 10, "Q8_0": 60, "Q6_K": 60, "Q4_K": 60}
-CLOSE, FAR = (
-    0.15,
-    2,
-)  # in log-probability; and texts that may part further away, as two experts can be as close as tokens
+CLOSE = 0.15  # in log-probability
+FAR = 2  # texts that may part further away, as two experts can be as close as tokens
 Round = Callable[[Tensor], Tensor]
 
 

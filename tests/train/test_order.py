@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixtral.train.order import in_parts, of_step
+from mixtral.train.order import at_least, in_parts, of_step
 
 
 @given(count=st.integers(1, 40), per_step=st.integers(1, 40), seed=st.integers(0, 3))
@@ -25,6 +25,15 @@ def test_a_step_depends_on_the_seed_and_its_number_alone() -> None:
     assert of_step(2, 0, 100, 7) != forward[0]
     epochs = [[of_step(1, step, 5, 5)] for step in range(4)]
     assert len({str(one) for one in epochs}) > 1
+
+
+@given(parts=st.lists(st.lists(st.integers(), min_size=1)), count=st.integers(0, 12))
+def test_parts_are_halved_until_there_are_enough_and_keep_the_order(parts: list[list[int]], count: int) -> None:
+    items = [item for part in parts for item in part]
+    found = at_least(parts, count)
+    assert [item for part in found for item in part] == items
+    assert len(found) == max(len(parts), min(count, len(items)))
+    assert all(found)
 
 
 @given(sizes=st.lists(st.integers(1, 30)), most=st.integers(1, 40))

@@ -20,6 +20,7 @@ from mixtral.errors import ConfigError, TrainingError
 from mixtral.quant.modules import PackedLinear
 from mixtral.train import checkpoint
 from mixtral.train.export import export_run
+from mixtral.train.fine import token_batch
 from mixtral.train.loop import StepReport
 from mixtral.train.sft import Sft, sft
 from mixtral.train.training import forward
@@ -118,7 +119,7 @@ def test_the_loss_is_the_mean_over_the_learnt_tokens_of_the_step(tmp_path: Path,
     total = weight = 0.0
     for doc in run.lines.kept:
         ids = torch.from_numpy(doc.ids).long()
-        batch = run._parts([doc])[0]
+        batch = token_batch(run.start, [doc])
         assert batch.lengths == (len(ids) - 1,)
         with torch.no_grad():
             logits_TV = model.logits(forward(model, batch).hidden_TD)

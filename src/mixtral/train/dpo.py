@@ -112,7 +112,7 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         self._cache: Cache | None = None
         if wanted == "adapter-off" or (wanted == "auto" and has_adapter and self.config.run.epochs == 1):
             return
-        sizes, pairs = self.model.config, self._pairs
+        sizes, pairs = self.model.config, [*self.lines.kept, *self.held_out]
         lengths = [int(doc.trained[1:].sum()) for pair in pairs for doc in self.documents(pair)]
         cache = Cache(
             self.folder / "reference", self._key(), lengths, sizes.num_hidden_layers, sizes.num_experts_per_tok
@@ -183,21 +183,19 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         }
 
     def _cut(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        pairs = self._pairs
-
         def size(number: int) -> int:
-            return sum(len(doc.ids) - 1 for doc in self.documents(pairs[number]))
+            return sum(len(doc.ids) - 1 for doc in self._documents(number))
 
         return in_parts(numbers, size, self.config.data.tokens_per_part)
 
     def _part(self, numbers: Sequence[int]) -> PairBatch:
-        pairs = self._pairs
-        docs = [doc for number in numbers for doc in self.documents(pairs[number])]
+        docs = [doc for number in numbers for doc in self._documents(number)]
         return PairBatch(token_batch(self.start, docs), tuple(numbers))
 
-    @property
-    def _pairs(self) -> list[Pair]:
-        return [*self.lines.kept, *self.held_out]
+    def _documents(self, number: int) -> list[Doc]:
+        """Those of a pair of the run; held-out ones have the numbers after the others."""
+        count = len(self.lines.kept)
+        return self.documents(self.lines.kept[number] if number < count else self.held_out[number - count])
 
     def _weigh(
         self, part: PairBatch, policy: Said, reference: Said, pairs: float

@@ -49,40 +49,35 @@ class Saves:
 
     def __init__(self, run: Saved) -> None:
         self.step = run.steps_done
-        self._run, self._pending = run, (run.steps_done, Future[Path]())
-        self._pending[1].set_result(run.folder)
+        self._run = run
         self._pool = ThreadPoolExecutor(1, "save")
+        self._pending: tuple[int, Future[Path]] | None = None
 
     def begin(self) -> None:
         """Save the state of this moment, if possible in a thread; first wait for the save before."""
         self.wait()
-        commit = self._run.snapshot()
-        if commit is not None:
-            self._pending = (self._run.steps_done, self._pool.submit(commit))
-            return
-        future = Future[Path]()
-        try:
-            future.set_result(self._run.save())
-        except TrainingError as error:
-            future.set_exception(error)
-        self._pending = (self._run.steps_done, future)
-        self.wait()
+        step, commit = self._run.steps_done, self._run.snapshot()
+        if commit is None:
+            self._end(step, self._run.save)
+        else:
+            self._pending = (step, self._pool.submit(commit))
 
     def look(self) -> None:
         """Tell of the save before, if it has ended and was not told of."""
-        if self._pending[1].done():
+        if self._pending is not None and self._pending[1].done():
             self.wait()
 
     def wait(self) -> None:
         """Wait for the save before; one that failed is told of."""
-        step, future = self._pending
-        if step == self.step:
-            return
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            self._end(step, future.result)
+
+    def _end(self, step: int, result: Callable[[], Path]) -> None:
         try:
-            future.result()
+            result()
         except TrainingError as error:
             every = self._run.config.run.save_every
-            warnings.warn(f"{error}; training goes on, the next try is after {every} more steps", stacklevel=4)
-            self._pending = (self.step, future)
+            warnings.warn(f"{error}; training goes on, the next try is after {every} more steps", stacklevel=5)
         else:
             self.step = step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,11 +37,11 @@ class Sft(FineTuning[SftConfig, TokenBatch, Doc]):
         """The parts of a step's batch: the same documents whatever the size of parts."""
         data = self.config.data
         numbers = of_step(data.seed, step, len(self.lines.kept), data.documents_per_step)
-        return self._parts([self.lines.kept[number] for number in self.own(numbers)])
-
-    def _parts(self, docs: Sequence[Doc]) -> list[TokenBatch]:
-        cut = in_parts(docs, lambda doc: len(doc.ids) - 1, self.config.data.tokens_per_part)
+        cut = self._cut([self.lines.kept[number] for number in self.own(numbers)])
         return [token_batch(self.start, part) for part in self.evenly(cut)]
+
+    def _cut(self, docs: Sequence[Doc]) -> Iterator[list[Doc]]:
+        return in_parts(docs, lambda doc: len(doc.ids) - 1, self.config.data.tokens_per_part)
 
     def weight_of(self, part: TokenBatch) -> float:
         """The sum of the loss weights."""
@@ -65,7 +65,8 @@ class Sft(FineTuning[SftConfig, TokenBatch, Doc]):
     def validation_loss(self) -> float | None:
         """Mean cross entropy, in nats, of the learnt tokens of the held-out documents."""
         total = weight = 0.0
-        for part in self._parts(self.own(self.held_out)):
+        for docs in self._cut(self.own(self.held_out)):
+            part = token_batch(self.start, docs)
             hidden_TD, labels_T, weights_T = self.answers(forward(self.model, part).hidden_TD, part)
             head = self.model.lm_head.weight
             loss, _ = head_cross_entropy(hidden_TD, head, labels_T, weights_T, copies_of_last=self.start.copies_of_last)
