@@ -79,6 +79,7 @@ void backward(Heads q, Heads k, Heads v, const std::vector<int64_t>& lengths, He
 
 // Rows of float32, or of the bits of bfloat16.
 using Rows = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ByteRows = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Line = nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats1 = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -238,6 +239,26 @@ void loss(Rows scores, Integers1 labels, Floats1 weights, double log_copies, Flo
   mixtral::loss(kernels, p, rows, threads);
 }
 
+// Rows in groups to numbers.
+void decode_groups(ByteRows codes, int bits, Floats2 scales, std::optional<ByteRows> zeros, Rows out, int threads,
+                   const std::string& level) {
+  const int64_t rows = size(out, 0), columns = size(out, 1), groups = size(scales, 1);
+  require(bits >= 1 && bits <= 8, "bits must be 1 to 8");
+  require(groups > 0 && columns % groups == 0 && columns / groups % 8 == 0,
+          "a row must be whole groups of a multiple of 8 columns");
+  require_rows(out, "out", out, rows, columns);
+  require_shape(codes, "codes", rows, columns / 8 * bits);
+  require_shape(scales, "scales", rows, groups);
+  if (zeros) require_shape(*zeros, "zeros", rows, groups);
+  const uint8_t* own = zeros ? zeros->data() : nullptr;
+  const mixtral::Grouped from{codes.data(), scales.data(), own, bits, columns, columns / groups};
+  const bool bf16 = is_bf16(out);
+  const mixtral::Kernels& kernels = kernels_of(level, threads);
+  nb::gil_scoped_release release;
+  if (bf16) return mixtral::decode(kernels, from, rows, static_cast<uint16_t*>(out.data()), threads);
+  mixtral::decode(kernels, from, rows, static_cast<float*>(out.data()), threads);
+}
+
 }  // namespace
 
 void bind_training(nb::module_& module) {
@@ -279,4 +300,8 @@ void bind_training(nb::module_& module) {
              nb::arg("weights").noconvert(), nb::arg("log_copies"), nb::arg("logprobs").noconvert(),
              nb::arg("train"), nb::arg("threads"), nb::arg("level") = "",
              "Log-probabilities of the labels; with train the scores become gradients of the weighted loss.");
+  module.def("decode_groups", &decode_groups, nb::arg("codes").noconvert(), nb::arg("bits"),
+             nb::arg("scales").noconvert(), nb::arg("zeros").noconvert().none(), nb::arg("out").noconvert(),
+             nb::arg("threads"), nb::arg("level") = "",
+             "Decode rows of integers in groups into out: (code - zero) * scale.");
 }

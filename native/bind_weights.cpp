@@ -81,23 +81,6 @@ class PackedMatrix : public Matrix {
   mixtral::Panels& panels_;
 };
 
-using FloatRows = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-// Rows in groups to numbers: float32, or the bits of bfloat16.
-template <typename Rows>
-void decode_groups(ByteRows codes, int bits, FloatRows scales, std::optional<ByteRows> zeros, Rows out, int threads) {
-  const auto rows = static_cast<int64_t>(out.shape(0)), columns = static_cast<int64_t>(out.shape(1));
-  const auto groups = static_cast<int64_t>(scales.shape(1));
-  require(bits >= 1 && bits <= 8, "bits must be 1 to 8");
-  require(groups > 0 && columns % groups == 0 && columns / groups % 8 == 0, "a row must be whole groups of a multiple of 8 columns");
-  require_shape(codes, "codes", rows, columns / 8 * bits);
-  require_shape(scales, "scales", rows, groups);
-  if (zeros) require_shape(*zeros, "zeros", rows, groups);
-  const mixtral::Grouped from{codes.data(), scales.data(), zeros ? zeros->data() : nullptr, bits, columns, columns / groups};
-  nb::gil_scoped_release release;
-  mixtral::decode_groups(from, rows, out.data(), threads);
-}
-
 // Rows as a file has them, of 2 or 4 bytes a number.
 class DenseMatrix : public Matrix {
  public:
@@ -140,11 +123,6 @@ void bind_weights(nb::module_& module) {
         return shape.count() * shape.panel_bytes();
       },
       nb::arg("kind"), nb::arg("rows"), nb::arg("columns"), nb::arg("group"), "Bytes of packed weights.");
-  const char* told = "Decode rows of integers in groups into out: (code - zero) * scale.";
-  module.def("decode_groups", &decode_groups<FloatRows>, nb::arg("codes").noconvert(), nb::arg("bits"), nb::arg("scales").noconvert(),
-             nb::arg("zeros").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads"), told);
-  module.def("decode_groups", &decode_groups<HalfRows>, nb::arg("codes").noconvert(), nb::arg("bits"), nb::arg("scales").noconvert(),
-             nb::arg("zeros").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads"), told);
   nb::class_<Matrix>(module, "Matrix", "Weights in the memory of an array.");
   nb::class_<DenseMatrix, Matrix>(module, "DenseMatrix", "Weights as a file has them: bfloat16, float16, float32.")
       .def(nb::init<int, int64_t, int64_t, Plane>(), nb::arg("kind"), nb::arg("rows"), nb::arg("columns"),

@@ -1,12 +1,15 @@
-// Integers in groups to numbers: (code - zero) * scale in float32, rounded once where the result is bfloat16.
-#include <algorithm>
+// Integers in groups to numbers: the passes over rows of decode.h.
+#include "mixtral/decode.h"
+
 #include <cstring>
 
-#include "mixtral/panels.h"
-#include "mixtral/pool.h"
 #include "spread.h"
 
-namespace mixtral {
+#if defined(MIXTRAL_X86) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+namespace mixtral::MIXTRAL_LEVEL {
 namespace {
 
 INLINE float made_of(float value, float*) { return value; }
@@ -21,7 +24,7 @@ INLINE uint16_t made_of(float value, uint16_t*) {
 constexpr int64_t kRun = 64;  // codes that are bytes before they are numbers
 
 template <int Bits, typename Number>
-void decode_run(const uint8_t* codes, int64_t count, float scale, int zero, Number* out) {
+INLINE void decode_run(const uint8_t* codes, int64_t count, float scale, int zero, Number* out) {
   uint8_t q[kRun];
   for (int64_t k = 0; k < count; k += 8, codes += Bits) {
     const uint64_t eight = spread<Bits>(codes);
@@ -30,6 +33,20 @@ void decode_run(const uint8_t* codes, int64_t count, float scale, int zero, Numb
   for (int64_t k = 0; k < count; ++k) out[k] = made_of(static_cast<float>(q[k] - zero) * scale, out);
 }
 
+#if defined(MIXTRAL_X86) && defined(__AVX512BW__)
+// Of four bits there are only 16 numbers in a group: they are made once, and a permutation of words finds 32 at a time.
+INLINE void look_up(const uint8_t* codes, int64_t count, float scale, int zero, uint16_t* out) {
+  uint16_t numbers[32];
+  for (int k = 0; k < 16; ++k) numbers[k] = numbers[k + 16] = made_of(static_cast<float>(k - zero) * scale, numbers);
+  const __m512i table = _mm512_loadu_si512(numbers), nibbles = _mm512_set1_epi32(0x000F000F);
+  for (int64_t k = 0; k < count; k += 32, codes += 16) {
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i places = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12)), nibbles);
+    _mm512_storeu_si512(out + k, _mm512_permutexvar_epi16(places, table));
+  }
+}
+#endif
+
 template <int Bits, typename Number>
 void decode_row(const Grouped& from, int64_t row, Number* out) {
   const uint8_t* codes = from.codes + row * (from.columns / 8 * Bits);
@@ -37,6 +54,16 @@ void decode_row(const Grouped& from, int64_t row, Number* out) {
   for (int64_t g = 0; g < groups; ++g) {
     const float scale = from.scales[row * groups + g];
     const int zero = from.zeros != nullptr ? from.zeros[row * groups + g] : 1 << (Bits - 1);
+#if defined(MIXTRAL_X86) && defined(__AVX512BW__)
+    if constexpr (Bits == 4 && sizeof(Number) == 2) {
+      if (from.group % 32 == 0) {
+        look_up(codes, from.group, scale, zero, out);
+        out += from.group;
+        codes += from.group / 2;
+        continue;
+      }
+    }
+#endif
     for (int64_t left = from.group; left > 0; left -= kRun, out += kRun, codes += kRun / 8 * Bits) {
       if (left < kRun) {
         decode_run<Bits>(codes, left, scale, zero, out);
@@ -50,37 +77,16 @@ void decode_row(const Grouped& from, int64_t row, Number* out) {
 }
 
 template <typename Number>
-using Decoder = void (*)(const Grouped&, int64_t, Number*);
-
-template <typename Number>
-Decoder<Number> decoder_of(int bits) {
-  switch (bits) {
-    case 1: return decode_row<1, Number>;
-    case 2: return decode_row<2, Number>;
-    case 3: return decode_row<3, Number>;
-    case 4: return decode_row<4, Number>;
-    case 5: return decode_row<5, Number>;
-    case 6: return decode_row<6, Number>;
-    case 7: return decode_row<7, Number>;
-    default: return decode_row<8, Number>;
-  }
-}
-
-template <typename Number>
-void decode_rows(const Grouped& from, int64_t rows, Number* out, int threads) {
-  constexpr int64_t kValues = 1 << 15;  // that a thread decodes at a time
-  const Decoder<Number> decoder = decoder_of<Number>(from.bits);
-  const int64_t step = std::max<int64_t>(1, kValues / from.columns);
-  parallel((rows + step - 1) / step, threads, [&](int64_t part) {
-    for (int64_t row = part * step; row < std::min(rows, (part + 1) * step); ++row) {
-      decoder(from, row, out + row * from.columns);
-    }
-  });
+void decode_rows(const Grouped& from, int64_t begin, int64_t end, Number* out) {
+  constexpr void (*kDecoders[])(const Grouped&, int64_t, Number*) = {
+      decode_row<1, Number>, decode_row<2, Number>, decode_row<3, Number>, decode_row<4, Number>,
+      decode_row<5, Number>, decode_row<6, Number>, decode_row<7, Number>, decode_row<8, Number>};
+  for (int64_t row = begin; row < end; ++row) kDecoders[from.bits - 1](from, row, out + row * from.columns);
 }
 
 }  // namespace
 
-void decode_groups(const Grouped& from, int64_t rows, uint16_t* out, int threads) { decode_rows(from, rows, out, threads); }
-void decode_groups(const Grouped& from, int64_t rows, float* out, int threads) { decode_rows(from, rows, out, threads); }
+extern const DecodeTable decode;
+const DecodeTable decode = {decode_rows<uint16_t>, decode_rows<float>};
 
-}  // namespace mixtral
+}  // namespace mixtral::MIXTRAL_LEVEL

@@ -15,6 +15,7 @@ namespace mixtral {
   extern const RowTable rows;            \
   extern const AttentionTable attention; \
   extern const DocumentTable documents;  \
+  extern const DecodeTable decode;       \
   extern const PassTable passes;         \
   extern const LimitTable limits;        \
   }
@@ -23,7 +24,7 @@ namespace mixtral {
 #define KERNELS(level, tiles, integers, floats, other) \
   namespace level {                                    \
   const Kernels kernels = {#level, tiles, integers::gemm, level::dense, other::rows, floats::attention, \
-                           floats::documents, floats::passes, level::limits};                       \
+                           floats::documents, floats::decode, floats::passes, level::limits};       \
   }
 
 TABLES(baseline)

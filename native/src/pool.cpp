@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfenv>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -28,22 +27,6 @@ inline void relax() {
   _mm_pause();
 #endif
 }
-
-// Rounding to nearest, and subnormal numbers as zero: the same in every thread, whatever the caller has set.
-class FloatMode {
- public:
-  FloatMode() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-#ifdef MIXTRAL_X86
-    _mm_setcsr(_mm_getcsr() | 0x8040);
-#endif
-  }
-  ~FloatMode() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
-};
 
 struct Job {
   const std::function<void(int64_t)>* work = nullptr;
@@ -157,5 +140,15 @@ Pool& pool() {
 void parallel(int64_t items, int threads, const std::function<void(int64_t)>& work) {
   if (items > 0) pool().run(items, std::clamp(threads, 1, kMostThreads), work);
 }
+
+FloatMode::FloatMode() {
+  std::fegetenv(&saved_);
+  std::fesetenv(FE_DFL_ENV);
+#ifdef MIXTRAL_X86
+  _mm_setcsr(_mm_getcsr() | 0x8040);
+#endif
+}
+
+FloatMode::~FloatMode() { std::fesetenv(&saved_); }
 
 }  // namespace mixtral

@@ -47,6 +47,14 @@ void over_rows(int64_t rows, int64_t columns, int threads, const Work& work) {
   share_out((rows + some - 1) / some, threads, [&](int64_t i) { work(i * some, std::min(rows, (i + 1) * some)); });
 }
 
+template <typename Rows, typename Number>
+void decode_with(Rows rows_of, const Grouped& from, int64_t rows, Number* out, int threads) {
+  over_rows(rows, from.columns, threads, [&](int64_t begin, int64_t end) {
+    const FloatMode mode;
+    rows_of(from, begin, end, out);
+  });
+}
+
 }  // namespace
 
 void attend_documents(const Kernels& kernels, const Packed& shape, const std::vector<int64_t>& lengths,
@@ -121,6 +129,14 @@ void combine_back(const Kernels& kernels, const SortPass& p, const void* from, c
 
 void loss(const Kernels& kernels, const LossPass& p, int64_t rows, int threads) {
   over_rows(rows, p.columns, threads, [&](int64_t begin, int64_t end) { kernels.passes.loss(p, begin, end); });
+}
+
+void decode(const Kernels& kernels, const Grouped& from, int64_t rows, uint16_t* out, int threads) {
+  decode_with(kernels.decode.halves, from, rows, out, threads);
+}
+
+void decode(const Kernels& kernels, const Grouped& from, int64_t rows, float* out, int threads) {
+  decode_with(kernels.decode.floats, from, rows, out, threads);
 }
 
 }  // namespace mixtral

@@ -33,6 +33,7 @@ def decode_groups(
     zeros: npt.NDArray[np.uint8] | None,
     out: npt.NDArray[np.float32] | npt.NDArray[np.uint16],
     threads: int,
+    level: str = "",
 ) -> None: ...
 def block_bytes(head_size: int, kind: int) -> int: ...
 

@@ -31,7 +31,7 @@ SOURCES = [
     (name, level)
     for level in KERNELS
     if level != "amx"
-    for name in ("gemm", "rows", "attention", "dense", "documents", "passes", "peaks")
+    for name in ("gemm", "rows", "attention", "decode", "dense", "documents", "passes", "peaks")
 ]
 SOURCES += [(name, "amx") for name in ("amx", "amx_dense", "peaks")]
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "mixtral/attention.h"
+#include "mixtral/decode.h"
 #include "mixtral/dense.h"
 #include "mixtral/documents.h"
 #include "mixtral/gemm.h"
@@ -28,6 +29,7 @@ struct Kernels {
   const RowTable& rows;
   const AttentionTable& attention;
   const DocumentTable& documents;
+  const DecodeTable& decode;
   const PassTable& passes;
   const LimitTable& limits;
 };

@@ -91,17 +91,4 @@ void pack_groups(const Panels& shape, const Coded& from, uint8_t* out, int threa
 // Into codes of a byte each [rows, columns], and scales and zeros [rows, columns / the panels' group].
 void unpack_groups(const Panels& panels, uint8_t* codes, uint16_t* scales, uint8_t* zeros, int threads);
 
-// Rows of integers of `bits` (1 to 8) in groups of `group` columns, a multiple of 8: codes [rows, columns * bits / 8], the
-// lowest bit first; scales f32 [rows, columns / group]; zeros u8 of the same shape, or null where all are half of the range.
-struct Grouped {
-  const uint8_t* codes;
-  const float* scales;
-  const uint8_t* zeros;
-  int bits;
-  int64_t columns, group;
-};
-// The numbers [rows, columns] as bfloat16 or float32.
-void decode_groups(const Grouped& from, int64_t rows, uint16_t* out, int threads);
-void decode_groups(const Grouped& from, int64_t rows, float* out, int threads);
-
 }  // namespace mixtral

@@ -26,4 +26,8 @@ void combine_back(const Kernels& kernels, const SortPass& p, const void* from, c
                   void* back, float* grad_weights, int64_t tokens, int threads);
 void loss(const Kernels& kernels, const LossPass& p, int64_t rows, int threads);
 
+// Rows of integers in groups as bfloat16 or float32; numbers below the smallest normal one are zero.
+void decode(const Kernels& kernels, const Grouped& from, int64_t rows, uint16_t* out, int threads);
+void decode(const Kernels& kernels, const Grouped& from, int64_t rows, float* out, int threads);
+
 }  // namespace mixtral

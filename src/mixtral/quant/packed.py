@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtral.errors import CheckpointError
-from mixtral.ops.native import available, module, threads
+from mixtral.ops.native import available, level, module, threads
 from mixtral.quant.bits import unpack_bits
 from mixtral.quant.decode import CHUNK_VALUES, decode_into
 from mixtral.quant.formats import FORMATS
@@ -138,6 +138,7 @@ class Groups(Packed):
                 None if self.zeros is None else self.zeros[some].numpy(),
                 out.detach().view(_VIEWS[out.dtype]).numpy(),
                 threads(),
+                level(),
             )
             return
         step = max(1, CHUNK_VALUES // self.shape[1])
