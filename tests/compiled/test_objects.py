@@ -33,6 +33,7 @@ SOURCES = [
     if level != "amx"
     for name in ("gemm", "rows", "attention", "decode", "dense", "documents", "passes", "peaks")
 ]
+SOURCES += [("documents_bf16", "avx512bf16")]
 SOURCES += [(name, "amx") for name in ("amx", "amx_dense", "peaks")]
 
 pytestmark = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86-64 processor")
