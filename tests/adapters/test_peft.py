@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mixtral.adapters import Factors
 from mixtral.adapters import peft as files
-from mixtral.adapters.factors import TARGETS
+from mixtral.adapters.factors import TARGETS, target_of
 from mixtral.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
@@ -118,6 +118,23 @@ def test_what_peft_saves_is_read(tiny_model: Mixtral, tmp_path: Path) -> None:
     found = read_adapter(tmp_path / "adapter", tiny_model.config)
     assert found.kind == "PEFT"
     assert {pair.rank for name, pair in found.factors.items() if "down_proj" in name} == {2}
+    torch.testing.assert_close(theirs(adapted), ours(tiny_model, found.factors), atol=3e-5, rtol=1e-4)
+
+
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_targets_that_no_mixtral_has_are_told_and_the_rest_is_used(tiny_model: Mixtral, tmp_path: Path) -> None:
+    """The usual list for Llama, of which PEFT adapts attention alone and saves all."""
+    config = peft.LoraConfig(r=2, target_modules=LLAMA, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(peer_of(tiny_model, tmp_path / "base"), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert sorted(json.loads((tmp_path / "adapter" / CONFIG_NAME).read_text())["target_modules"]) == sorted(LLAMA)
+    with pytest.warns(UserWarning, match="targets .*_proj, .* matched nothing in a Mixtral; they were not") as told:
+        found = read_adapter(tmp_path / "adapter", tiny_model.config)
+    (message,) = [str(one.message) for one in told]
+    assert [name for name in LLAMA if f"{name}," in message or f"{name} in" in message] == LLAMA[4:]
+    assert {target_of(name) for name in found.factors} == {"q", "k", "v", "o"}
     torch.testing.assert_close(theirs(adapted), ours(tiny_model, found.factors), atol=3e-5, rtol=1e-4)
 
 
@@ -258,6 +275,9 @@ def test_the_file_of_mistral_finetune(tiny_model: Mixtral, tmp_path: Path) -> No
         ({"rank_pattern": {"(a*)*b": 3}}, "expected names"),
         ({"rank_pattern": {"q_proj": "x"}}, "expected numbers"),
         ({"target_modules": ["q_proj", "k_proj"]}, "promises 'k_proj'"),
+        ({"target_modules": ["q_proj", "up_proj", "w2"]}, "promises 'w2'"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "promises 'lm_head'"),
+        ({"target_modules": ["q_proj", 3]}, "promises 3"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "promises 'mlp.experts.gate_up_proj'"),
     ],
 )

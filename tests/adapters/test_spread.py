@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from adapting import factors_of, ours, peer_of, theirs
 from safetensors.torch import load_file, save_file
 
-from mixtral.adapters.factors import TARGETS
+from mixtral.adapters.factors import TARGETS, target_of
 from mixtral.adapters.peft import CONFIG_NAME, MISTRAL_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from mixtral.adapters.spread import write_mistral, write_per_expert
 from mixtral.errors import CheckpointError
@@ -96,3 +98,46 @@ def test_no_adapter_is_replaced_unasked(tiny_model: Mixtral, tmp_path: Path) -> 
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="not a folder"):
         write_adapter(tmp_path / "file", tiny_model.config, factors, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(write_mistral, write_adapter), (write_mistral, write_per_expert), (write_adapter, write_mistral)],
+)
+def test_overwriting_leaves_nothing_of_the_other_form(
+    first: Callable[..., None], second: Callable[..., None], tiny_model: Mixtral, tmp_path: Path
+) -> None:
+    config = tiny_model.config
+    first(tmp_path, config, factors_of(config, rank=2, targets=("q",)))
+    (tmp_path / "README.md").touch()
+    second(tmp_path, config, factors_of(config, rank=2, targets=("v",)), overwrite=True)
+    assert {target_of(name) for name in read_adapter(tmp_path, config).factors} == {"v"}
+    wanted = {MISTRAL_NAME} if second is write_mistral else {CONFIG_NAME, WEIGHTS_NAME}
+    left = {path.name for path in tmp_path.iterdir()} - {"params.json"}
+    assert left == {"README.md", *wanted}
+
+
+def test_a_folder_with_both_forms_is_refused(tiny_model: Mixtral, tmp_path: Path) -> None:
+    config = tiny_model.config
+    write_adapter(tmp_path / "both", config, factors_of(config, rank=2, targets=("q",)))
+    write_mistral(tmp_path / "one", config, factors_of(config, rank=2, targets=("v",)))
+    shutil.copy(tmp_path / "one" / MISTRAL_NAME, tmp_path / "both")
+    with pytest.raises(CheckpointError, match=r"holds two adapters, adapter_config\.json and lora\.safetensors"):
+        read_adapter(tmp_path / "both", config)
+    assert read_adapter(tmp_path / "both" / MISTRAL_NAME, config, scaling=2.0).kind == "mistral-finetune"
+
+
+def test_the_params_of_a_model_are_never_replaced(tiny_model: Mixtral, tmp_path: Path) -> None:
+    config = tiny_model.config
+    factors = factors_of(config, rank=2, targets=("q",))
+    save_model(tiny_model, tmp_path, layout="consolidated")
+    before = (tmp_path / "params.json").read_text()
+    with pytest.raises(CheckpointError, match=r"holds a params\.json; .* overwrite it explicitly"):
+        write_mistral(tmp_path, config, factors)
+    with pytest.raises(CheckpointError, match="has 'dim', as that of a model"):
+        write_mistral(tmp_path, config, factors, overwrite=True)
+    assert (tmp_path / "params.json").read_text() == before
+    assert not (tmp_path / MISTRAL_NAME).exists()
+    (tmp_path / "params.json").write_text('{"lora": {"scaling": 1.0}}')
+    write_mistral(tmp_path, config, factors, overwrite=True)
+    assert json.loads((tmp_path / "params.json").read_text())["lora"]["scaling"] == 2.0

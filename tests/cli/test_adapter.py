@@ -13,8 +13,10 @@ from adapting import factors_of
 import mixtral
 from mixtral.adapters.peft import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from mixtral.build import build_engine
+from mixtral.cli import adapter as commands
 from mixtral.cli import main
 from mixtral.config import MixtralConfig
+from mixtral.errors import RequestError
 from mixtral.model.mixtral import Mixtral
 from mixtral.weights import save_model
 from mixtral.wire import Start
@@ -139,13 +141,38 @@ def test_experts_are_scored_and_chosen(home: Path, tmp_path: Path, capsys: Captu
     assert "expected token or gate" in capsys.readouterr().err
 
 
+def test_what_cannot_be_chosen_is_told_before_anything_is_scored(
+    home: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixtral, "load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "text").write_text("The tram leaves at noon.\n")
+    words = ("adapter", "experts", home / "base", tmp_path / "text")
+    for options, told in (
+        (("--share", "0"), "share is 0.0; expected above 0"),
+        (("--share", "nan"), "share is nan; expected above 0"),
+        (("--random", 2**70), "--random"),
+        (("--random", "-1"), "--random"),
+    ):
+        assert run(*words, *options) == 2
+        assert told in capsys.readouterr().err
+    for content, told in ((b"\n", "holds no text"), (b"\xff", "not UTF-8")):
+        (tmp_path / "text").write_bytes(content)
+        with pytest.raises(RequestError, match=told) as caught:
+            commands.experts(str(home / "base"), tmp_path / "text")
+        assert caught.value.param == "text"
+
+
 def test_wrong_input_is_one_line(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    export = ("export", home / "base", home / "adapter", tmp_path / "x")
     cases = [
         (("inspect", home / "base", tmp_path), "no adapter"),
         (("inspect", home / "base", home / "adapter", "--scaling", "2"), "scaling is for lora.safetensors"),
         (("inspect", "embedded", home / "adapter"), "another base"),
-        (("export", home / "base", home / "adapter", tmp_path / "x", "--to", "gguf"), "expected one of peft"),
-        (("export", home / "base", home / "adapter", tmp_path / "x", "--dtype", "int3"), "dtype is 'int3'"),
+        ((*export, "--to", "gguf"), "expected one of peft"),
+        ((*export, "--to", "mistral", "--dtype", "int3"), "dtype is 'int3'"),
+        ((*export, "--dtype", "float16"), "--dtype is 'float16', but --to peft is always float32; leave it out"),
+        ((*export, "--to", "per-expert", "--dtype", "float32"), "but --to per-expert is always float32"),
+        ((*export, "--to", "mistral", "--base", "a/b"), "--base is 'a/b', but --to mistral names no base"),
         (("merge", home / "base", home / "adapter", tmp_path / "x", "--format", "q8_0"), "--format is 'q8_0'"),
         (("merge", home / "base", home / "adapter", tmp_path / "x", "--check", tmp_path / "none"), "No such file"),
     ]

@@ -105,7 +105,7 @@ def test_an_adapter_is_trained_on_preferences_and_exported(model: Path, tmp_path
     assert "margin 0.000  accuracy 0.50  " in out
     assert json.loads((run / "record.json").read_text())["preference"]["beta"] == 0.2
     assert main(["train", "export", str(run), str(tmp_path / "adapter")]) == 0
-    assert "a PEFT adapter; try `mixtral chat --adapter" in capsys.readouterr().out
+    assert f"try `mixtral chat --model {model} --adapter {tmp_path / 'adapter'}`" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     for dtype, says in (("bananas", "expected one of"), ("float32", "becomes an adapter, in float32; leave dtype out")):
         assert main(["train", "export", str(run), str(tmp_path / "other"), "--dtype", dtype]) == 2

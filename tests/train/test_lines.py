@@ -257,6 +257,10 @@ BAD_PAIRS: dict[str, tuple[object, str]] = {
     "two": ({"prompt": [USER], "chosen": [ANSWER, ANSWER], "rejected": "b"}, "expected text or one assistant message"),
     "a user's": ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "expected text or one assistant message"),
     "text": ({"text": "a"}, "unknown key 'text'"),
+    "tools of a text": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{"type": "function"}]},
+        "tools belong to messages",
+    ),
     "muted": ({"prompt": [USER], "chosen": {**ANSWER, "weight": 0}, "rejected": "b"}, "nothing to learn"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mixtral.train.loop import StepReport
 from mixtral.train.sft import Sft, sft
 from mixtral.train.training import forward
 from mixtral.train.tune import SftConfig
-from mixtral.weights import load_model
+from mixtral.weights import load_model, respelling_of, write_respelling
 from mixtral.weights.convert import convert
 
 Write = Callable[[str, Sequence[object]], Path]
@@ -190,6 +191,37 @@ def test_all_weights_become_a_checkpoint(tmp_path: Path, plain: Path, talks: Pat
         assert torch.equal(model.get_parameter(name).detach(), parameter.detach()), name
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["now", "older state"])
+def test_a_respelling_is_exported_or_its_base_asked_for(
+    tmp_path: Path, plain: Path, talks: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    base, respell = tmp_path / "base", {40: (41, 42)}
+    shutil.copytree(plain, base)
+    write_respelling(base, respell)
+    if not known:
+        own = Sft.own_values
+        monkeypatch.setattr(Sft, "own_values", lambda self: {k: v for k, v in own(self).items() if k != "respelled"})
+    sft(config(talks, run={"steps": 1}), tmp_path / "run", base, on_step=ignore)
+    export_run(tmp_path / "run", tmp_path / "model")
+    assert respelling_of(tmp_path / "model") == respell
+    base.rename(tmp_path / "moved")
+    with pytest.raises(TrainingError, match="of which the export needs the respelling; bring it back"):
+        export_run(tmp_path / "run", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    shutil.copytree(plain, base)  # another model, and its ids are spelled in another way
+    if known:
+        with pytest.raises(TrainingError, match="is not the model that the run was started from"):
+            export_run(tmp_path / "run", tmp_path / "other")
+
+
+def test_without_a_respelling_the_base_may_be_gone(tmp_path: Path, plain: Path, talks: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(plain, base)
+    sft(config(talks, run={"steps": 1}), tmp_path / "run", base, on_step=ignore)
+    shutil.rmtree(base)
+    assert export_run(tmp_path / "run", tmp_path / "model") == "a checkpoint in bfloat16"
+
+
 def test_an_adapter_becomes_a_peft_folder(tmp_path: Path, plain: Path, talks: Path) -> None:
     run = sft(config(talks, adapter={"rank": 4}), tmp_path / "run", plain, on_step=ignore)
     assert export_run(tmp_path / "run", tmp_path / "adapter") == "a PEFT adapter"
@@ -301,7 +333,13 @@ def test_chosen_experts_are_trained_and_all_others_keep_their_bits(
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "cannot be read"), ("[]", "has no member experts"), ('{"experts": 3}', "experts are 3; expected a list")],
+    [
+        (None, "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "has no member experts"),
+        ('{"experts": 3}', "experts are 3; expected a list"),
+    ],
+    ids=["no file", "deep", "a list", "a number"],
 )
 def test_a_choice_of_experts_that_is_none_is_refused(
     tmp_path: Path, plain: Path, talks: Path, content: str | None, says: str

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mixtral.errors import ConfigError
+from mixtral.errors import ConfigError, TokenizerError
 from mixtral.quant.modules import PackedLinear
+from mixtral.tokenizer import gguf_vocabulary
 from mixtral.train.start import fingerprint, load_start
 from mixtral.weights import load_compact, load_model
-from mixtral.weights.convert import convert
+from mixtral.weights.convert import convert, convert_to_gguf
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -61,3 +63,29 @@ def test_a_fingerprint_tells_models_apart(plain: Path, compact: Path, tmp_path: 
     weights.write_bytes(content)
     assert fingerprint(plain) != fingerprint(tmp_path / "copy")
     assert fingerprint(weights) != fingerprint(next(plain.glob("*.safetensors")))
+
+
+def test_the_fingerprint_of_a_split_file_is_that_of_all_parts(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"m-0000{part}-of-00002.gguf" for part in (1, 2))
+    first.write_bytes(b"first")
+    second.write_bytes(b"second")
+    before = fingerprint(first)
+    for name in ("other-00002-of-00002.gguf", "m-00002-of-00003.gguf", "m.gguf"):
+        (tmp_path / name).write_bytes(b"of another model")
+    assert fingerprint(first) == fingerprint(second) == before
+    second.write_bytes(b"third")
+    assert fingerprint(first) == fingerprint(second) != before
+
+
+def test_a_file_with_another_vocabulary_is_refused_as_when_it_is_loaded(plain: Path, tmp_path: Path) -> None:
+    def swapped(size: int) -> dict[str, Any]:
+        values = gguf_vocabulary(size)
+        pieces = values["tokenizer.ggml.tokens"]
+        pieces[900], pieces[901] = pieces[901], pieces[900]
+        return values
+
+    convert_to_gguf(plain, tmp_path / "good.gguf", vocabulary=gguf_vocabulary)
+    convert_to_gguf(plain, tmp_path / "other.gguf", vocabulary=swapped)
+    assert load_start(tmp_path / "good.gguf", dtype="float32", full=False).tokenizer.version == "v3"
+    with pytest.raises(TokenizerError, match=r"token 900 is .* trained with another tokenizer"):
+        load_start(tmp_path / "other.gguf", dtype="float32", full=False)

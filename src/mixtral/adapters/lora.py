@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mixtral.adapters.attached import Attached, check_layers
-from mixtral.adapters.factors import EXPERTS, TARGETS, Factors, LoraConfig, check_factors, new_factors, target_of
+from mixtral.adapters.factors import EXPERTS, Factors, LoraConfig, check_factors, new_factors, target_of
 from mixtral.adapters.modules import BASES, Adapted, Switch
 from mixtral.errors import ConfigError
 from mixtral.model.mixtral import Linear, Mixtral
@@ -40,21 +40,6 @@ class Adapter(Attached):
             a, b, scale = _adapted(self.model, module).factors(pair)
             found[parameter] = Factors(a.detach().clone(), b.detach().clone(), scale)
         return found
-
-    @torch.no_grad()
-    def load(self, factors: Mapping[str, Factors]) -> None:
-        """Take over values of an adapter of the same kind.
-
-        Raises:
-            ConfigError: parameters, ranks or scales are others.
-        """
-        own = {name: _adapted(self.model, module).factors(pair) for name, (module, pair) in self._places.items()}
-        for name in own.keys() | factors.keys():
-            if name not in own or name not in factors or not _same_kind(own[name], factors[name]):
-                raise ConfigError(f"the adapter to load differs at {name!r}: another target, rank or scale")
-        for name, (a, b, _) in own.items():
-            a.copy_(factors[name].a)
-            b.copy_(factors[name].b)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -102,12 +87,10 @@ def attach(model: Mixtral, config: LoraConfig) -> Adapter:
     a packed head is decoded once, for the loss reads it whole.
 
     Raises:
-        ConfigError: the model is on compiled kernels, or adapted already; or a target has no parameter in it.
+        ConfigError: the model is on compiled kernels, or adapted already.
     """
     dtype = torch.promote_types(model.dtype, torch.float32)
-    adapter = _attach(model, new_factors(model.config, config, dtype), config.dropout)
-    _check_all(adapter, config.targets)
-    return adapter
+    return _attach(model, new_factors(model.config, config, dtype), config.dropout)
 
 
 def attach_factors(model: Mixtral, factors: Mapping[str, Factors], *, dropout: float = 0.0) -> Adapter:
@@ -150,23 +133,10 @@ def _check_base(model: Mixtral, name: str) -> None:
         raise ConfigError(f"{name} is a {kind.__name__}; expected one of {expected}. Detach an adapter before another")
 
 
-def _check_all(adapter: Adapter, targets: Iterable[str]) -> None:
-    """An adapter that misses the experts learns little, and nobody would notice."""
-    found = {target_of(parameter) for parameter in adapter.factors()}
-    for target in targets:
-        if target not in found:
-            adapter.detach()
-            raise ConfigError(f"no {TARGETS[target]!r} was adapted, though {target!r} was asked for", param="targets")
-
-
 def _adapted(model: Mixtral, module: str) -> Adapted:
     found = model.get_submodule(module)
     assert isinstance(found, Adapted)
     return found
-
-
-def _same_kind(own: Factors, other: Factors) -> bool:
-    return own.a.shape == other.a.shape and own.b.shape == other.b.shape and own.scale == other.scale
 
 
 def expert_bytes(model: Mixtral) -> float:

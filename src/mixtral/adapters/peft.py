@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,19 @@ from mixtral.errors import CheckpointError
 from mixtral.files.commit import Commit
 from mixtral.files.read import DTYPES, ShardReader
 from mixtral.files.safetensors import Header, inside, read_header, read_json, record, write_shard
-from mixtral.weights.names import DOWN, layer_of, parameter_shapes
+from mixtral.weights.consolidated import PARAMS_NAME
+from mixtral.weights.names import DOWN, layer_of, parameter_shapes, pieces
 from mixtral.weights.save import to_json
 
 __all__ = [
+    "ADAPTER_FILES",
     "CONFIG_NAME",
     "LAYOUT",
     "MISTRAL_NAME",
     "PEFT_PREFIX",
     "WEIGHTS_NAME",
     "AdapterFile",
+    "base_of",
     "read_adapter",
     "refuse_folder",
     "write_adapter",
@@ -41,6 +45,8 @@ __all__ = [
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 MISTRAL_NAME = "lora.safetensors"
+ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, MISTRAL_NAME)
+"""Of both forms: where an adapter is written, those of another one go, or readers would not know which is meant."""
 LAYOUT = "peft>=0.19 rank-major"
 PEFT_PREFIX = "base_model.model."
 # Patterns of names that are taken: any other expression could be made to match for hours.
@@ -134,7 +140,7 @@ def write_adapter(
             records = [record(name, value) for name, value in sorted(tensors.items())]
             write_shard(commit.path(WEIGHTS_NAME), records, {"format": "pt", "layout": LAYOUT})
             commit.path(CONFIG_NAME).write_text(to_json(values), encoding="utf-8")
-            commit.finish()
+            commit.finish(remove=ADAPTER_FILES)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
@@ -210,10 +216,17 @@ def read_adapter(path: Path, config: MixtralConfig, *, scaling: float | None = N
     ``scaling`` is for the latter, where ``params.json`` does not say it.
 
     Raises:
-        CheckpointError: files are missing, damaged or pickled; the adapter has features that are not supported, or
-            belongs to another base.
+        CheckpointError: files are missing, damaged or pickled; the folder holds both forms; the adapter has features
+            that are not supported, or belongs to another base.
+
+    Warns:
+        UserWarning: it was asked to adapt what no Mixtral has, so that was not trained.
     """
     path = Path(path)
+    if (path / MISTRAL_NAME).is_file() and (path / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{path}: holds two adapters, {CONFIG_NAME} and {MISTRAL_NAME}; expected one of them: move the other away"
+        )
     if path.is_file() or (path / MISTRAL_NAME).is_file():
         return _read_mistral(path, config, scaling)
     if scaling is not None:
@@ -316,11 +329,24 @@ def _from_peft(
             factors[parameter] = Factors(a, b, scale_of(parameter, a.shape[1]))
     factors |= gather(config, single, scale_of=_of_experts(scale_of), source=source)
     check_factors(config, factors, source=source)
-    _check_targets(values, modules, factors, source)
+    _check_targets(values, config, modules, factors, source)
     ordered = {name: factors[name] for name in shapes if name in factors}
-    base = values.get("base_model_name_or_path")
     dropout = _dropout(values.get("lora_dropout"), Path(source))
-    return AdapterFile(ordered, "PEFT", base if isinstance(base, str) else None, dropout)
+    return AdapterFile(ordered, "PEFT", _named_base(values), dropout)
+
+
+def base_of(folder: Path) -> str | None:
+    """The base that a PEFT folder names; its weights are not read.
+
+    Raises:
+        CheckpointError: the config is missing or damaged.
+    """
+    return _named_base(read_json(inside(folder, CONFIG_NAME), CONFIG_NAME))
+
+
+def _named_base(values: Mapping[str, Any]) -> str | None:
+    base = values.get("base_model_name_or_path")
+    return base if isinstance(base, str) else None
 
 
 def _dropout(value: Any, path: Path) -> float:
@@ -369,33 +395,54 @@ def _matched(patterns: Any, module: str, default: Any) -> Any:
 
 
 def _check_targets(
-    values: Mapping[str, Any], modules: Mapping[str, Found], factors: Mapping[str, Factors], source: str
+    values: Mapping[str, Any],
+    config: MixtralConfig,
+    modules: Mapping[str, Found],
+    factors: Mapping[str, Factors],
+    source: str,
 ) -> None:
-    """What the config promises is there: an adapter whose experts are missing is not the one that was trained."""
-    wanted = values.get("target_modules")
-    for targets, there in (
-        (wanted if isinstance(wanted, list) else [], list(modules)),
-        (_names(values.get("target_parameters")), list(factors)),
+    """What the config promises is there: an adapter whose experts are missing is not the one that was trained.
+
+    PEFT trains what a list of targets matches and saves the list as it is. So a name that no Mixtral has, as those for
+    Llama's MLP, is no damage; but who trained it may believe that the experts were adapted.
+    """
+    layouts = [piece.name for layout in ("per-expert", "fused", "consolidated") for piece in pieces(config, layout)]
+    known = [name.removesuffix(".weight") for name in layouts if name.endswith(".weight")]
+    nowhere: list[str] = []
+    for key, there, names in (
+        ("target_modules", modules, known),
+        ("target_parameters", factors, list(parameter_shapes(config))),
     ):
-        for target in targets:
-            if not any(_is_asked(name, [target]) for name in there):
+        targets = values.get(key)
+        for target in targets if isinstance(targets, list) else []:
+            if any(_is_asked(name, [target]) for name in there):
+                continue
+            if not isinstance(target, str) or any(_is_asked(name, [target]) for name in names):
                 raise CheckpointError(
                     f"{source}: {CONFIG_NAME} promises {target!r}, which the weights lack; it is damaged"
                 )
+            nowhere.append(target)
+    if nowhere:
+        warnings.warn(
+            f"{source}: the targets {', '.join(nowhere):.200} in {CONFIG_NAME} matched nothing in a Mixtral; they were "
+            "not trained, and what the weights hold is used. Its experts are target_parameters: "
+            "mlp.experts.gate_up_proj and mlp.experts.down_proj",
+            stacklevel=4,
+        )
 
 
 def _read_mistral(path: Path, config: MixtralConfig, scaling: float | None) -> AdapterFile:
     file = path if path.is_file() else inside(path, MISTRAL_NAME)
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file}: not safetensors; adapters are read from nothing else")
-    beside = file.parent / "params.json"
+    beside = file.parent / PARAMS_NAME
     said = read_json(beside, beside.name).get("lora") if beside.is_file() else None
     told = said.get("scaling") if isinstance(said, dict) else None
     scale = scaling if scaling is not None else told
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CheckpointError(
-            f"{file}: the scale of the adapter is {scale!r}; expected a number above 0 in params.json beside it, or as "
-            "scaling (mistral-finetune's default is 2)",
+            f"{file}: the scale of the adapter is {scale!r}; expected a number above 0 in {PARAMS_NAME} beside it, or "
+            "as scaling (mistral-finetune's default is 2)",
             param="scaling",
         )
     _, tensors = _read_tensors(file)

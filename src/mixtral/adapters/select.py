@@ -27,6 +27,7 @@ __all__ = [
     "ExpertScores",
     "Selection",
     "attach_experts",
+    "check_share",
     "choose",
     "random_like",
     "score_documents",
@@ -117,14 +118,23 @@ def score_documents(model: Mixtral, documents: Iterable[Sequence[int]]) -> Exper
     )
 
 
+def check_share(share: float) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        ConfigError: it is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"share is {share!r}; expected above 0 and at most 1", param="share")
+
+
 def choose(scores_LE: Tensor, share: float) -> Selection:
     """Of every layer the fewest experts whose scores sum to ``share`` or more, highest first, ties to the lower number.
 
     Raises:
         ConfigError: the share is not above 0 and at most 1, or the scores of a layer do not sum to 1.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"share is {share!r}; expected above 0 and at most 1", param="share")
+    check_share(share)
     off = (scores_LE.sum(-1) - 1).abs()
     if scores_LE.dim() != 2 or not bool((off < 1e-6).all()):
         raise ConfigError("the scores of a layer do not sum to 1; normalise them over the experts, not over the layers")

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from mixtral.adapters.factors import Factors, check_factors, target_of
-from mixtral.adapters.peft import CONFIG_NAME, MISTRAL_NAME, PEFT_PREFIX, WEIGHTS_NAME, refuse_folder
+from mixtral.adapters.peft import (
+    ADAPTER_FILES,
+    CONFIG_NAME,
+    MISTRAL_NAME,
+    PEFT_PREFIX,
+    WEIGHTS_NAME,
+    refuse_folder,
+)
 from mixtral.config import MixtralConfig
 from mixtral.errors import CheckpointError
 from mixtral.files.commit import Commit
-from mixtral.files.safetensors import record, write_shard
+from mixtral.files.safetensors import inside, read_json, record, write_shard
+from mixtral.weights.consolidated import PARAMS_NAME
 from mixtral.weights.names import pieces
 from mixtral.weights.save import to_json
 
@@ -102,7 +110,8 @@ def write_mistral(
     load it, as mistral-inference demands. Matrices without a pair get one of zeros, which it demands as well.
 
     Raises:
-        CheckpointError: as ``write_per_expert``.
+        CheckpointError: as ``write_per_expert``; or the folder has a ``params.json`` (and not ``overwrite``), or one
+            of a model.
     """
     check_factors(config, factors, source="adapter")
     modules = modules_of(config, factors, "consolidated")
@@ -112,7 +121,7 @@ def write_mistral(
             out, width = piece.shape
             modules[module] = Factors(torch.zeros((1, width)), torch.zeros((out, 1)), SCALING)
     params = {"lora": {"enable": True, "rank": max(pair.rank for pair in factors.values()), "scaling": SCALING}}
-    files: dict[str, Mapping[str, Any]] = {MISTRAL_NAME: _tensors(modules, SCALING), "params.json": params}
+    files: dict[str, Mapping[str, Any]] = {MISTRAL_NAME: _tensors(modules, SCALING), PARAMS_NAME: params}
     _write(folder, files, dtype, overwrite=overwrite)
 
 
@@ -127,6 +136,8 @@ def _tensors(modules: Mapping[str, Factors], scale: float) -> dict[str, Tensor]:
 def _write(folder: Path, files: Mapping[str, Mapping[str, Any]], dtype: torch.dtype, *, overwrite: bool) -> None:
     folder = Path(folder)
     refuse_folder(folder, overwrite=overwrite)
+    if PARAMS_NAME in files and (folder / PARAMS_NAME).exists():
+        _refuse_params(folder, overwrite=overwrite)
     try:
         with Commit(folder) as commit:
             for name, content in files.items():
@@ -135,6 +146,18 @@ def _write(folder: Path, files: Mapping[str, Mapping[str, Any]], dtype: torch.dt
                     write_shard(commit.path(name), records, {"format": "pt"})
                 else:
                     commit.path(name).write_text(to_json(dict(content)), encoding="utf-8")
-            commit.finish()
+            commit.finish(remove=ADAPTER_FILES)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
+def _refuse_params(folder: Path, *, overwrite: bool) -> None:
+    """A folder of Mistral's cannot be read any more without the sizes in its ``params.json``."""
+    if not overwrite:
+        raise CheckpointError(f"{folder}: holds a {PARAMS_NAME}; choose another folder, or overwrite it explicitly")
+    other = next((key for key in read_json(inside(folder, PARAMS_NAME), PARAMS_NAME) if key != "lora"), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{folder}: its {PARAMS_NAME} has {other!r:.80}, as that of a model; an adapter's has lora alone. Choose "
+            "another folder"
+        )

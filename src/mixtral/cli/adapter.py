@@ -75,8 +75,12 @@ def export(
     to: Annotated[
         str, typer.Option("--to", help="peft (0.19 on), per-expert (PEFT, w1 to w3 of each expert), mistral.")
     ] = "peft",
-    base: Annotated[str | None, typer.Option(help="Name of the base to write into it; default: what it says.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of mistral: that of the model it is for.")] = "bfloat16",
+    base: Annotated[
+        str | None, typer.Option(help="Not mistral: name of the base to write into it; default: what it says.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of mistral: that of the model it is for; default: bfloat16.")
+    ] = None,
     scaling: ScalingOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -90,7 +94,11 @@ def export(
 
     if to not in _FORMS:
         raise ConfigError(f"--to is {to!r}; expected one of {', '.join(_FORMS)}", param="to")
-    kind = dtype_of(dtype)
+    if dtype is not None and to != "mistral":
+        raise ConfigError(f"--dtype is {dtype!r}, but --to {to} is always float32; leave it out", param="dtype")
+    if base is not None and to == "mistral":
+        raise ConfigError(f"--base is {base!r}, but --to mistral names no base; leave it out", param="base")
+    kind = dtype_of(dtype or "bfloat16")
     found = _read(model, adapter, scaling)
     config, name = read_any_config(folder_of(model)), base or found.base
     if to == "peft":
@@ -131,7 +139,7 @@ def merge(
     from mixtral.weights import dtype_of
 
     check_options(to, form, dtype, None)
-    text, kind = _text(check), dtype_of(dtype)
+    text, kind = _text(check, "check"), dtype_of(dtype)
     source, found = folder_of(model), _read(model, adapter, scaling)
     started = time.perf_counter()
     options = {"form": form, "overwrite": overwrite} | ({} if to == "gguf" else {"dtype": kind})
@@ -168,19 +176,22 @@ def experts(
     share: Annotated[float, typer.Option(help="Choose the fewest experts whose scores have this share.")] = 0.2,
     by: Annotated[str, typer.Option(help="token: how often chosen; gate: with how much weight.")] = "token",
     tokens: Annotated[int, typer.Option(help="At most this many tokens of the text.", min=1)] = 131072,
-    random: Annotated[int | None, typer.Option(help="The control: as many experts, drawn with this seed.")] = None,
+    random: Annotated[
+        int | None, typer.Option(help="The control: as many experts, drawn with this seed.", min=0, max=2**63 - 1)
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write scores and choice there.")] = None,
 ) -> None:
     """Score the experts on a text and choose those worth training (ESFT)."""
     import json
 
     import mixtral
-    from mixtral.adapters.select import choose, random_like, score_documents
+    from mixtral.adapters.select import check_share, choose, random_like, score_documents
     from mixtral.errors import ConfigError
 
     if by not in ("token", "gate"):
         raise ConfigError(f"--by is {by!r}; expected token or gate", param="by")
-    documents = [part for part in _text(text).split("\n\n") if part.strip()]
+    check_share(share)  # before the model is loaded and the text scored, which takes long
+    documents = [part for part in _text(text, "text").split("\n\n") if part.strip()]
     llm, count = mixtral.load(model, reference=True), 0
     ids: list[list[int]] = []
     for document in documents:
@@ -223,7 +234,7 @@ def _targets(factors: Mapping[str, Factors]) -> list[tuple[str, str]]:
     ]
 
 
-def _text(path: Path | None) -> str:
+def _text(path: Path | None, param: str) -> str:
     from mixtral.errors import RequestError
 
     if path is None:
@@ -231,9 +242,9 @@ def _text(path: Path | None) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8 (byte {error.start})", param="check") from None
+        raise RequestError(f"{path}: not UTF-8 (byte {error.start})", param=param) from None
     if not text.strip():
-        raise RequestError(f"{path}: holds no text", param="check")
+        raise RequestError(f"{path}: holds no text", param=param)
     return text
 
 

@@ -156,11 +156,12 @@ def export(
 
     A run on the embedded model, or from nothing, becomes int8 groups, as the embedded model has them.
     """
+    from mixtral.adapters.peft import base_of
     from mixtral.train.export import export_run
 
     what = export_run(run_folder, destination, dtype=dtype, averaged=averaged, overwrite=overwrite)
-    option = "--adapter" if "adapter" in what else "--model"
-    output.say(f"{destination}: written, {what}; try `mixtral chat {option} {destination}`")
+    options = f"--model {base_of(destination)} --adapter" if "adapter" in what else "--model"
+    output.say(f"{destination}: written, {what}; try `mixtral chat {options} {destination}`")
 
 
 def _launched(context: typer.Context, parallel: str | None) -> bool:

@@ -36,7 +36,8 @@ def export_run(
     checkpoint (None: bfloat16); a run of an adapter a PEFT folder. ``averaged`` takes the averaged weights.
 
     Raises:
-        TrainingError: there is no such run, it holds no whole state, or it has no averaged weights.
+        TrainingError: there is no such run, it holds no whole state, or it has no averaged weights; or the export needs
+            the model that the run was started from, which is not there any more.
         ConfigError: ``dtype`` is not a model's, or has no effect on what the run becomes.
         CheckpointError: a size of the model is no multiple of 32, or the destination cannot be written, or is not empty
             (and not ``overwrite``).
@@ -65,10 +66,10 @@ def export_run(
         values.get("model") or config["model"], source=f"{run_folder}: state of step {step}"
     )
     if values["trained_ids"] is None:
+        respell = _respelling(values)
         model = _filled(Mixtral(sizes, device="meta"), weights, wanted or torch.bfloat16)
         save_model(model, destination, overwrite=overwrite)
-        if base := values.get("base"):
-            write_respelling(destination, respelling_of(Path(base)))
+        write_respelling(destination, respell)
         return f"a checkpoint in {dtype or 'bfloat16'}"
     sizes = sizes.replace(vocab_size=values.get("vocab_size", sizes.vocab_size))
     row_of_id, respell = _vocabulary(values)
@@ -91,18 +92,33 @@ def _check_destination(folder: Path, *, overwrite: bool) -> None:
 
 def _with_experts(chosen: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
     """All weights of the base, with the chosen experts as they were trained."""
-    base = Path(values["base"])
-    if not base.exists() or fingerprint(base) != values["base_sha256"]:
-        raise TrainingError(
-            f"{base}: is not the model that the run was started from, of which the export needs all other weights; "
-            "bring it back"
-        )
-    weights = load_start(base, dtype="float32", full=True).masters
+    weights = load_start(_base(values, "all other weights"), dtype="float32", full=True).masters
     for name, value in chosen.items():
         owner, _, leaf = name.rpartition(".")
         stack, _, expert = leaf.rpartition("_")
         weights[f"{owner}.{stack}_proj"][int(expert)] = value
     return weights
+
+
+def _respelling(values: dict[str, Any]) -> dict[int, tuple[int, ...]]:
+    """How the base spells ids without rows of their own; without it they would all look alike to the model."""
+    respelled = values.get("respelled")
+    if not values.get("base") or respelled is False:
+        return {}
+    base = Path(values["base"])
+    if respelled is None and base.exists():  # the state does not tell, and its fingerprint may be of an older kind
+        return respelling_of(base)
+    return respelling_of(_base(values, "the respelling"))
+
+
+def _base(values: dict[str, Any], needed: str) -> Path:
+    """Where the model lies that the run was started from, if it is still the same."""
+    base = Path(values["base"])
+    if not base.exists() or fingerprint(base) != values["base_sha256"]:
+        raise TrainingError(
+            f"{base}: is not the model that the run was started from, of which the export needs {needed}; bring it back"
+        )
+    return base
 
 
 def _vocabulary(values: dict[str, Any]) -> tuple[Tensor, dict[int, tuple[int, ...]]]:

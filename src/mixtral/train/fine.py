@@ -149,6 +149,7 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
             "data_sha256": self.data_sha256,
             "base": str(self.base.resolve()),
             "base_sha256": self.base_sha256,
+            "respelled": bool(self.start.respell),
             "experts": None if self.selection is None else [list(layer) for layer in self.selection.experts],
             "model": self.model.config.to_dict(),
             "tokenizer": self.start.tokenizer.version,
@@ -279,7 +280,7 @@ def _selection(file: Path, saved: Saved | None) -> Selection:
     """The experts that a file names; those of the saved state, if the file names the same."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); expected the JSON of mixtral adapter experts") from None
     if not isinstance(value, dict) or "experts" not in value:
         raise ConfigError(f"{file}: has no member experts; expected the JSON of `mixtral adapter experts --json`")

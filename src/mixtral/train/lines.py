@@ -243,6 +243,8 @@ def _answered(tokenizer: Tokenizer, value: Mapping[str, Any], name: str) -> tupl
     if isinstance(prompt, str):
         if not isinstance(answer, str) or not answer:
             raise TrainingError(f"{name} is {answer!r:.80}; expected text, as the prompt is text")
+        if value.get("tools"):
+            raise TrainingError("tools belong to messages, not to text")
         return text_answer(tokenizer, prompt, answer)
     if not isinstance(prompt, list) or not prompt:
         raise TrainingError(f"prompt is {prompt!r:.80}; expected text or a list of messages")

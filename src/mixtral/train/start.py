@@ -7,6 +7,7 @@ pretraining, which more than halves its work.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from mixtral.errors import ConfigError
 from mixtral.model import Mixtral
 from mixtral.quant.modules import PackedEmbedding, PackedExperts, PackedLinear
-from mixtral.tokenizer import Tokenizer
-from mixtral.weights import is_compact, load_compact, load_model, respelling_of
+from mixtral.tokenizer import Tokenizer, check_pieces
+from mixtral.weights import is_compact, load_compact, load_model, pieces_of, respelling_of
 from mixtral.weights.load import place
 from mixtral.weights.names import EMBEDDING, HEAD, is_router
 from mixtral.weights.vocab import share_rows
@@ -27,6 +28,7 @@ __all__ = ["Start", "fingerprint", "load_start"]
 
 _WEIGHTS = {".safetensors", ".gguf", ".pth", ".pt", ".bin"}
 _CONFIGS = {"config.json", "params.json", "respelling.json"}
+_PART = re.compile(r"(.+)-[0-9]{5}(-of-[0-9]{5}\.gguf)", re.DOTALL)
 _ENDS = 1 << 20  # bytes of either end of a file that its fingerprint covers
 
 
@@ -64,7 +66,8 @@ def load_start(path: Path, *, dtype: str, full: bool) -> Start:
 
     Raises:
         ConfigError: ``full``, and the weights are quantised.
-        CheckpointError, TokenizerError: as ``mixtral.load``.
+        CheckpointError: as ``mixtral.load``.
+        TokenizerError: no tokenizer of Mixtral has the model's vocabulary, or its file spells ids in another way.
     """
     wanted = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     if path.is_dir() and is_compact(path):
@@ -79,8 +82,11 @@ def load_start(path: Path, *, dtype: str, full: bool) -> Start:
         )
     respell = respelling_of(path)
     version = Tokenizer.for_vocab_size(model.config.vocab_size).version
+    tokenizer = Tokenizer.from_version(version, respell=respell)
+    if pieces := pieces_of(path):
+        check_pieces(tokenizer, pieces, source=str(path))
     masters = _narrow(model, wanted) if full else {}
-    return Start(model, masters, Tokenizer.from_version(version, respell=respell), None, respell, 1)
+    return Start(model, masters, tokenizer, None, respell, 1)
 
 
 def _compact(path: Path, dtype: torch.dtype, *, full: bool) -> Start:
@@ -110,15 +116,15 @@ def _narrow(model: Mixtral, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def fingerprint(path: Path) -> str:
-    """A sha256 that tells models apart without reading all of them: names, sizes, and both ends of every file.
+    """A sha256 that tells models apart without reading all of them: names, sizes, and both ends of every file; of a
+    split GGUF, of all its parts, whichever is given.
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    files = [path] if path.is_file() else [p for p in path.iterdir() if p.suffix in _WEIGHTS or p.name in _CONFIGS]
     digest = hashlib.sha256()
     try:
-        for file in sorted(files):
+        for file in sorted(_files(path)):
             size = file.stat().st_size
             digest.update(f"{file.name}\0{size}\0".encode())
             with file.open("rb") as stream:
@@ -129,3 +135,13 @@ def fingerprint(path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})", param="path") from None
     return digest.hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [file for file in path.iterdir() if file.suffix in _WEIGHTS or file.name in _CONFIGS]
+    part = _PART.fullmatch(path.name)
+    if part is None:
+        return [path]
+    others = ((file, _PART.fullmatch(file.name)) for file in path.parent.iterdir())
+    return [file for file, other in others if other and other.groups() == part.groups()]
