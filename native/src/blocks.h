@@ -133,6 +133,16 @@ class Scratch {
   int64_t size_ = 0;
 };
 
+// Hands out the parts of a memory one after the other.
+struct Parts {
+  float* at;
+  float* next(int64_t count) {
+    float* found = at;
+    at += count;
+    return found;
+  }
+};
+
 // How a piece of work is cut: all query heads of its key head, some queries at a time.
 struct Block {
   const Packed& shape;

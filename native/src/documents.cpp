@@ -22,17 +22,12 @@ Work plan(const Packed& shape, const Piece& piece, bool backward, Scratch& scrat
   Work w{block_of(shape, piece, kLanes, piece.length), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   const int64_t heads = w.tokens * w.padded, some = w.rows * w.padded, all_scores = w.rows * w.stride;
   const int64_t lines = up_to(w.rows, 16);
-  float* at = scratch.take((backward ? 6 : 3) * heads + 3 * some + 2 * all_scores + 2 * lines);
-  const auto next = [&at](int64_t count) {
-    float* found = at;
-    at += count;
-    return found;
-  };
-  w.keys_t = next(heads), w.values = next(heads), w.keys = next(heads);
-  w.q = next(some), w.grad = next(some), w.made = next(some);
-  w.scores = next(all_scores), w.shares = next(all_scores);
-  w.norms = next(lines), w.dots = next(lines);
-  if (backward) w.values_t = next(heads), w.grad_k = next(heads), w.grad_v = next(heads);
+  Parts parts{scratch.take((backward ? 6 : 3) * heads + 3 * some + 2 * all_scores + 2 * lines)};
+  w.keys_t = parts.next(heads), w.values = parts.next(heads), w.keys = parts.next(heads);
+  w.q = parts.next(some), w.grad = parts.next(some), w.made = parts.next(some);
+  w.scores = parts.next(all_scores), w.shares = parts.next(all_scores);
+  w.norms = parts.next(lines), w.dots = parts.next(lines);
+  if (backward) w.values_t = parts.next(heads), w.grad_k = parts.next(heads), w.grad_v = parts.next(heads);
   return w;
 }
 

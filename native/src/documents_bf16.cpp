@@ -28,20 +28,15 @@ Work plan(const Packed& shape, const Piece& piece, bool backward, Scratch& scrat
          {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   const int64_t half = w.tokens * w.padded / 2, some = w.rows * w.padded, scores = w.rows * w.stride;
   const int64_t lines = up_to(w.rows, 16);
-  float* at = scratch.take((backward ? 9 : 3) * half + 4 * some + 4 * scores + 2 * lines);
-  const auto next = [&at](int64_t count) {
-    float* found = at;
-    at += count;
-    return found;
-  };
-  const auto pairs = [&next](int64_t count) { return reinterpret_cast<int32_t*>(next(count)); };
+  Parts parts{scratch.take((backward ? 9 : 3) * half + 4 * some + 4 * scores + 2 * lines)};
+  const auto pairs = [&parts](int64_t count) { return reinterpret_cast<int32_t*>(parts.next(count)); };
   w.keys = pairs(half), w.keys_t = pairs(half), w.values = pairs(half);
   w.q = pairs(some / 2), w.grad = pairs(some / 2), w.results = pairs(some / 2);
-  w.q_rows = pairs(some / 2), w.grad_rows = pairs(some / 2), w.made = next(some);
-  w.scores = next(scores), w.arrived = next(scores);
+  w.q_rows = pairs(some / 2), w.grad_rows = pairs(some / 2), w.made = parts.next(some);
+  w.scores = parts.next(scores), w.arrived = parts.next(scores);
   w.narrow = pairs(scores / 2), w.shares = pairs(scores / 2), w.grads = pairs(scores / 2);
-  w.norms = next(lines), w.dots = next(lines);
-  if (backward) w.values_t = pairs(half), w.grad_k = next(2 * half), w.grad_v = next(2 * half);
+  w.norms = parts.next(lines), w.dots = parts.next(lines);
+  if (backward) w.values_t = pairs(half), w.grad_k = parts.next(2 * half), w.grad_v = parts.next(2 * half);
   return w;
 }
 

@@ -14,8 +14,9 @@ from mixtral.errors import ConfigError, TrainingError
 from mixtral.parallel.mesh import Mesh
 from mixtral.train import checkpoint
 from mixtral.train.config import PretrainConfig
-from mixtral.train.dpo import Dpo
+from mixtral.train.dpo import Dpo, PairBatch
 from mixtral.train.pretrain import Pretraining, StepReport, pretrain
+from mixtral.train.reference import Said
 from mixtral.train.sft import Sft
 from mixtral.train.tune import DpoConfig, SftConfig
 
@@ -138,6 +139,26 @@ def refused_tuning(mesh: Mesh, tables: Tables, folder: str, base: str) -> str:
     except ConfigError as error:
         return str(error)
     return "built"
+
+
+def reference_without_space(mesh: Mesh, tables: Tables, folder: str, base: str) -> str:
+    """The words by which a run on pairs is refused when the first rank's disk refuses the reference's second part."""
+    right, parts = Dpo._say, []
+
+    def fail(run: Dpo, part: PairBatch) -> Said:
+        parts.append(part)
+        if len(parts) == 2:
+            raise OSError(28, "No space left on device")
+        return right(run, part)
+
+    Dpo._say = fail
+    try:
+        Dpo(DpoConfig.from_dict(tables, source="test"), Path(folder), Path(base), mesh)
+    except TrainingError as error:
+        return str(error)
+    finally:
+        Dpo._say = right
+    return "prepared"
 
 
 def tuning_without_space(mesh: Mesh, tables: Tables, folder: str, base: str) -> str:

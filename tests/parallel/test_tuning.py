@@ -135,3 +135,10 @@ def test_a_disk_that_refuses_the_first_rank_is_an_error_on_all(two: Ranks, base:
     first, second = two("runs:tuning_without_space", "dp=2", given, str(tmp_path / "run"), base)
     assert "No space left on device" in first
     assert "the first rank could not save the state" in second
+
+
+def test_a_disk_that_refuses_the_reference_is_an_error_on_all_at_once(two: Ranks, base: str, tmp_path: Path) -> None:
+    given = tables("dpo", tmp_path)
+    first, second = two("runs:reference_without_space", "dp=2", given, str(tmp_path / "run"), base)
+    assert "reference: cannot be written (No space left on device); nothing was trained" in first
+    assert "the first rank did not write what the others can read" in second

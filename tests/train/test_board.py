@@ -68,6 +68,13 @@ def test_numbers_come_in_groups_and_replace_those_that_are_trained_again(tmp_pat
     assert not any(name.startswith("preference") for name in writer.values)
 
 
+def test_a_validation_that_comes_first_does_not_purge_the_numbers_of_its_step(
+    tmp_path: Path, writers: list[Writer]
+) -> None:
+    Board(tmp_path).validation(7, 0.5)  # a run was killed while it was evaluated, and goes on
+    assert (writers[0].purge_step, writers[0].values["loss/validation"]) == (8, (0.5, 7))
+
+
 def test_preferences_have_a_group_of_their_own(tmp_path: Path, writers: list[Writer]) -> None:
     more = dict.fromkeys(("margin", "accuracy", "kl", "chosen_logprob", "rejected_logprob", "routing_agreement"), 0.5)
     board = Board(tmp_path)

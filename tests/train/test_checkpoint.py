@@ -154,6 +154,22 @@ def test_damaged_folders_do_not_push_out_whole_ones(tmp_path: Path) -> None:
         assert newest(tmp_path) == 1
 
 
+def test_states_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    damage = checkpoint._damage
+    monkeypatch.setattr(checkpoint, "_damage", lambda path, mesh=None: read.append(path.name) or damage(path, mesh))
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=2)
+    assert read == []
+    checkpoint._whole.clear()  # another process
+    save(tmp_path, 4, keep_last=2)
+    assert read == ["step-00000002", "step-00000003"]
+    flip(tmp_path / "step-00000003")
+    save(tmp_path, 5, keep_last=2)
+    assert read[2:] == ["step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "step-00000005"]
+
+
 def test_what_an_interrupted_save_left_is_replaced(tmp_path: Path) -> None:
     left = tmp_path / "step-00000002.tmp"
     left.mkdir()

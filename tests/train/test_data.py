@@ -170,6 +170,32 @@ def test_a_label_without_a_row_is_refused(trained_ids: list[int]) -> None:
         list(DeskData(CONFIG, without).micro_batches(0))
 
 
+def test_control_ids_of_later_skills_have_rows_or_are_missed_before_the_run_starts() -> None:
+    config = replace(CONFIG, trained_rows=1300, sample_documents=50, mixture={"sums": 1}, later={"9": {"calls": 1}})
+    tokenizer = Tokenizer.from_version("v3")
+    trained = choose_trained_ids(tokenizer, config)
+    controls = {tokenizer.control_id(name) for name in ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]")}
+    assert controls < set(trained)
+    assert not controls & set(choose_trained_ids(tokenizer, replace(config, later={})))
+    assert [len(part.lengths) for part in DeskData(config, trained).micro_batches(9)] == [6]
+    without = [i for i in trained if i != tokenizer.control_id("[TOOL_CALLS]")]
+    with pytest.raises(TrainingError, match=r"data.later.9 has documents with \[TOOL_CALLS\], for .* start a new"):
+        DeskData(config, without)
+
+
+def test_an_empty_later_mixture_is_the_default(trained_ids: list[int]) -> None:
+    one, other = (DeskData(replace(CONFIG, mixture=given, later={"1": {}}), trained_ids) for given in ({}, {"sums": 1}))
+    assert equal(only_batch(one, 1), only_batch(other, 1))
+    assert not equal(only_batch(one, 0), only_batch(other, 0))
+
+
+def test_every_rank_takes_its_turn_in_every_part(changed: DeskData) -> None:
+    changed.config = replace(CONFIG, micro_batches=2)
+    assert [list(part) for part in changed.numbers(1)] == [[6, 7, 8], [9, 10, 11]]
+    assert [list(part) for part in changed.numbers(1, (1, 2))] == [[7], [10]]
+    assert [list(part) for part in changed.numbers(1, (0, 2))] == [[6, 8], [9, 11]]
+
+
 def test_unknown_words_replace_inputs_of_the_training_split_only(changed: DeskData) -> None:
     shared = changed.rows - 1
     clean = only_batch(changed, 0)

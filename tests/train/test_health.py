@@ -22,7 +22,7 @@ def lonely(layer: int, expert: int, load: float = 0.0) -> torch.Tensor:
 
 
 def test_even_loads_have_entropy_one_and_nothing_to_tell() -> None:
-    found = RouterHealth(2, 4).update(EVEN)
+    found = RouterHealth(2, 4).update(1, EVEN)
     assert found == {
         "load_max": 1.0,
         "load_min": 1.0,
@@ -37,7 +37,7 @@ def test_the_figures_of_a_collapsed_layer() -> None:
     """Four experts, two per token: all tokens pick the same two, so those have a load of 2. The other layer is even."""
     loads_LE = EVEN.clone()
     loads_LE[1] = torch.tensor([2.0, 2.0, 0.0, 0.0])
-    found = RouterHealth(2, 4).update(loads_LE)
+    found = RouterHealth(2, 4).update(1, loads_LE)
     assert found["entropy"] == pytest.approx((1 + 0.5) / 2)
     assert (found["max_violation"], found["dead"], found["load_min"]) == (1, 2, 0)
 
@@ -46,7 +46,7 @@ def test_layers_that_collapse_on_different_experts_are_seen() -> None:
     """Over all layers together these loads are even: an average would call them healthy."""
     loads_LE = 4.0 * torch.eye(4)
     assert loads_LE.mean(0).tolist() == [1.0] * 4
-    found = RouterHealth(4, 4).update(loads_LE)
+    found = RouterHealth(4, 4).update(1, loads_LE)
     assert (found["entropy"], found["dead"], found["max_violation"]) == (0, 12, 3)
 
 
@@ -54,24 +54,26 @@ def test_the_alarm_is_about_an_expert_that_starves_for_100_steps_in_a_row() -> N
     health = RouterHealth(2, 4)
     with warnings.catch_warnings(action="error"):
         for _ in range(ALARM_STEPS - 1):
-            assert health.update(lonely(1, 2, 0.04))["collapsed"] == 0
-    with pytest.warns(UserWarning, match="expert 2 of layer 1 had less than 5% of an even load for 100 steps") as told:
-        assert health.update(lonely(1, 2, 0.04))["collapsed"] == 1
+            assert health.update(1, lonely(1, 2, 0.04))["collapsed"] == 0
+    with pytest.warns(
+        UserWarning, match="step 100: expert 2 of layer 1 had less than 5% of an even load for 100 steps"
+    ) as told:
+        assert health.update(100, lonely(1, 2, 0.04))["collapsed"] == 1
     assert len(told) == 1
     with warnings.catch_warnings(action="error"):
-        assert health.update(lonely(1, 2, 0.04))["collapsed"] == 1
-        assert health.update(EVEN)["collapsed"] == 0
+        assert health.update(1, lonely(1, 2, 0.04))["collapsed"] == 1
+        assert health.update(1, EVEN)["collapsed"] == 0
         for _ in range(ALARM_STEPS - 1):
-            health.update(lonely(1, 2, 0.04))
-    with pytest.warns(UserWarning, match="expert 2 of layer 1"):
-        health.update(lonely(1, 2))
+            health.update(1, lonely(1, 2, 0.04))
+    with pytest.warns(UserWarning, match="step 350: expert 2 of layer 1"):
+        health.update(350, lonely(1, 2))
 
 
 def test_a_good_step_between_bad_ones_is_no_alarm() -> None:
     health = RouterHealth(1, 4)
     with warnings.catch_warnings(action="error"):
         for step in range(3 * ALARM_STEPS):
-            health.update(lonely(0, 0, 0.06 if step % ALARM_STEPS == 99 else 0.0)[:1])
+            health.update(step, lonely(0, 0, 0.06 if step % ALARM_STEPS == 99 else 0.0)[:1])
 
 
 def test_agreement_counts_the_choices_that_are_still_those_of_the_start(

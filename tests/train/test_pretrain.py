@@ -352,6 +352,25 @@ def test_other_versions_are_told_when_a_run_goes_on(
     assert len(told) == 1
 
 
+def test_another_generator_is_told_and_both_stand_in_the_record(
+    tmp_path: Path, nano: Nano, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generators(steps: int) -> list[Any]:
+        run = pretrain(nano(run={"steps": steps}), tmp_path, on_step=ignore)
+        written = json.loads((tmp_path / "record.json").read_text())["data"]["generators"]
+        assert written == run.generators
+        return run.generators
+
+    first = recipe.generator_id()
+    assert generators(1) == generators(2) == [[0, first]]
+    monkeypatch.setattr(recipe, "generator_id", lambda: "another")
+    with pytest.warns(UserWarning, match="another version of the generator; from step 2 on"):
+        assert generators(3) == [[0, first], [2, "another"]]
+    assert generators(4) == [[0, first], [2, "another"]]
+    with warnings.catch_warnings(action="error"):  # a state without it says nothing
+        assert recipe._generators(tmp_path, (5, {}, {})) == [[0, None], [5, "another"]]
+
+
 def test_a_state_without_versions_is_silent(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="error"):
         training.warn_of_versions(tmp_path, {"machine": "x"})

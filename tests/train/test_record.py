@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -184,11 +186,38 @@ def test_a_disk_that_refuses_the_record_costs_a_warning(
 
 
 def test_the_commit_is_that_of_this_checkout_or_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    record._commit.cache_clear()
+    record.commit_of_source.cache_clear()
     with warnings.catch_warnings(action="error"):
-        found = record._commit()
-    assert found is None or len(found) == 40
-    record._commit.cache_clear()
+        found = record.commit_of_source()
+    assert found is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", found)
+    record.commit_of_source.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert record._commit() is None
-    record._commit.cache_clear()
+    assert record.commit_of_source() is None
+    record.commit_of_source.cache_clear()
+
+
+def test_a_commit_of_files_that_were_changed_since_is_dirty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "src" / "mixtral"
+    (package / "train").mkdir(parents=True)
+    (package / "train" / "record.py").write_text("one")
+    monkeypatch.setattr(record, "__file__", str(package / "train" / "record.py"))
+
+    def git(*words: str) -> None:
+        subprocess.run(
+            ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x.example", *words], check=True
+        )
+
+    def found() -> str:
+        record.commit_of_source.cache_clear()
+        return record.commit_of_source() or ""
+
+    git("init", "-q")
+    git("add", "src")
+    git("commit", "-q", "-m", "one")
+    commit = found()
+    assert len(commit) == 40
+    (tmp_path / "notes").write_text("beside the package")
+    assert found() == commit
+    (package / "train" / "record.py").write_text("two")
+    assert found() == f"{commit}-dirty"
+    record.commit_of_source.cache_clear()

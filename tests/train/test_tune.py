@@ -33,6 +33,13 @@ def test_a_table_adapter_asks_for_an_adapter() -> None:
     assert AdapterConfig().lora().expert_rank is None
 
 
+@pytest.mark.parametrize("table", [{"adapter": {}}, {"experts": {"file": "x.json"}}], ids=["adapter", "experts"])
+def test_muon_is_for_models_that_are_trained_whole(table: dict[str, Any]) -> None:
+    assert sft(optim={"optimizer": "muon"}).optim.optimizer == "muon"
+    with pytest.raises(ConfigError, match=r'optimizer is "muon", .* expected "adamw" for an adapter or chosen'):
+        sft(optim={"optimizer": "muon"}, **table)
+
+
 def test_json_gives_the_same_configuration_back() -> None:
     for config in (sft(adapter={"rank": 3}), sft()):
         assert SftConfig.from_dict(json.loads(json.dumps(config.to_dict())), source="state") == config

@@ -25,10 +25,15 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the held-out documents.")] = 1,
 ) -> None:
     """Compare held-out prompts with everything that was trained: equal ones, and sequences of 13 tokens."""
-    from mixtral.desk.write import SUITES
+    from mixtral.desk.write import SUITES, generator_id
     from mixtral.evaluate.overlap import overlaps, to_markdown
 
-    config, trained = _read(folder)
+    config, trained, generators = _read(folder)
+    if generators != [[0, generator_id()]]:
+        output.note(
+            f"not all documents of {folder} were written by this version of the generator, or its record does not say "
+            "by which; compared is what this version writes"
+        )
     parts = [trained * part // 10 for part in range(1, 11)]
 
     def on_part(done: int) -> None:
@@ -49,8 +54,8 @@ def run(
     output.write(to_markdown(rows))
 
 
-def _read(folder: Path) -> tuple[DataConfig, int]:
-    """What decides the documents of a run, and how many it has trained, from its record."""
+def _read(folder: Path) -> tuple[DataConfig, int, Any]:
+    """What decides the documents of a run, how many it has trained, and what wrote them, from its record."""
     from mixtral.train.config import DataConfig
 
     path = folder / "record.json"
@@ -68,4 +73,4 @@ def _read(folder: Path) -> tuple[DataConfig, int]:
         raise ConfigError(f"{path}: expected the record of a run of `mixtral train pretrain`", param="folder") from None
     if trained < 1:
         raise ConfigError(f"{path}: the run has not trained anything yet", param="folder")
-    return found, trained
+    return found, trained, data.get("generators")

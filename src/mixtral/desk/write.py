@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib import resources
 from types import MappingProxyType
 
 from mixtral.desk.calls import calls
@@ -17,7 +20,7 @@ from mixtral.desk.sums import SUITES as SUMS_SUITES
 from mixtral.desk.sums import sums
 from mixtral.errors import ConfigError
 
-__all__ = ["MIXTURE", "SKILLS", "SUITES", "document", "suite_documents"]
+__all__ = ["MIXTURE", "SKILLS", "SUITES", "document", "generator_id", "suite_documents"]
 
 Generator = Callable[[int, Split, int], Document]
 SKILLS: Mapping[str, Generator] = MappingProxyType(
@@ -42,6 +45,17 @@ SUITES: tuple[str, ...] = (
     *COPIES_SUITES,
 )
 """The suites of held-out documents that are scored; the part before the slash is the skill."""
+
+
+@cache
+def generator_id() -> str:
+    """16 hexadecimal digits of all files that write documents: where they are alike, so are all documents."""
+    folder, digest = resources.files("mixtral.desk"), hashlib.sha256()
+    for part in (folder, folder / "phrases"):
+        for file in sorted(part.iterdir(), key=lambda file: file.name):
+            if file.name.endswith((".py", ".toml")):
+                digest.update(f"{file.name}\n{file.read_text(encoding='utf-8')}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def document(seed: int, split: Split, number: int, mixture: Mapping[str, int] | None = None) -> Document:

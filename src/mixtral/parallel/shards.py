@@ -72,8 +72,9 @@ class Shards:
     def norm(self, gradients: Mapping[str, Tensor]) -> float:
         """The length of the whole gradient, the same on every rank: each number is counted once, by its owner."""
         squares = torch.zeros((), dtype=torch.float64)
-        for name in self.owned & gradients.keys():
-            squares += float(gradients[name].square().sum())
+        for name, gradient in gradients.items():  # in their order: that of a set is another one in every process
+            if name in self.owned:
+                squares += float(gradient.square().sum())
         return math.sqrt(float(self.mesh.sum(squares)))
 
     def _is_copied(self, name: str) -> bool:

@@ -57,7 +57,7 @@ class Board:
 
     def validation(self, step: int, loss: float) -> None:
         """Write the loss on held-out text."""
-        writer = self._open(step)
+        writer = self._open(step + 1)  # the numbers of this step may be there already, and it is not trained again
         writer.add_scalar("loss/validation", loss, step)
         writer.flush()
 

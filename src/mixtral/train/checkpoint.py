@@ -41,6 +41,7 @@ _VALUES, _COMMIT, _LOCK = "state.json", "COMMIT", "lock"
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # of a file of a state: it is in the state's own folder
 # How a state looks that is not all there. Any other error is no word about the state: it may be whole.
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_whole: dict[Path, frozenset[tuple[str, int, int]]] = {}  # states that this process saved or checked, by their stamps
 
 
 @contextmanager
@@ -116,6 +117,8 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if mesh.is_first:
+        with suppress(OSError):
+            _whole[final] = _stamp(final)
         _remove_old(folder, keep_last)
     return final
 
@@ -250,14 +253,28 @@ def _remove_old(folder: Path, keep_last: int) -> None:
         going = old.with_name(f"{old.name}.tmp")
         with suppress(OSError):
             old.replace(going)
+            _whole.pop(old, None)
             shutil.rmtree(going, ignore_errors=True)
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether a state is as it was saved. The contents of files that have not changed since are not read again: the
+    other ranks wait, and they give up when a large model takes long."""
     try:
-        return _damage(path) is None
+        stamp = _stamp(path)
+        if _whole.get(path) != stamp:
+            if _damage(path) is not None:
+                return False
+            _whole[path] = stamp
     except OSError:
         return False
+    return True
+
+
+def _stamp(path: Path) -> frozenset[tuple[str, int, int]]:
+    """Name, size and time of the last change of all files of a state."""
+    found = [(file.name, file.stat()) for file in path.iterdir()]
+    return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)
 
 
 def _damage(path: Path, mesh: Mesh | None = None) -> str | None:

@@ -22,6 +22,8 @@ from mixtral.weights.vocab import build_respell, row_map
 
 __all__ = ["DeskData", "TokenBatch", "choose_trained_ids", "encode_document"]
 
+_LATER_DOCUMENTS = 200  # of every later mixture are looked at before a run starts
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
@@ -56,6 +58,7 @@ def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
         counts.update(encode_document(tokenizer, document(config.seed, "train", number, config.mixture or None))[0])
     kept = {0, tokenizer.bos_id, tokenizer.eos_id}
     kept |= {i for i in range(tokenizer.vocab_size) if tokenizer.is_byte(i) or (tokenizer.is_control(i) and counts[i])}
+    kept |= {i for mixture in config.later.values() for i in _control_ids(tokenizer, config, mixture)}
     kept |= {i for i in counts if len(tokenizer.piece(i).lstrip("▁")) <= 1}
     kept |= set(tokenizer.encode("0 1 2 3 4 5 6 7 8 9"))
     ranked = sorted((i for i in counts if i not in kept), key=lambda i: (-counts[i], i))
@@ -72,14 +75,27 @@ def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
     return sorted(kept)
 
 
+def _control_ids(tokenizer: Tokenizer, config: DataConfig, mixture: dict[str, int]) -> set[int]:
+    """The control ids that some documents of a mixture have."""
+    texts = (document(config.seed, "train", number, mixture or None) for number in range(_LATER_DOCUMENTS))
+    return {i for item in texts for i in encode_document(tokenizer, item)[0] if tokenizer.is_control(i)}
+
+
 class DeskData:
     """Batches of the town desk for a set of trained ids. ``row_of_id`` [V] maps ids to rows; the last row is shared."""
 
     def __init__(self, config: DataConfig, trained: list[int], version: str = "v3") -> None:
         self.config = config
-        for mixture in config.later.values():  # an unknown skill is an error now, and not when its step has come
-            document(config.seed, "train", 0, mixture)
         plain = Tokenizer.from_version(version)
+        for step, mixture in config.later.items():  # what is wrong with one is an error now, not when its step has come
+            missing = _control_ids(plain, config, mixture) - set(trained)
+            if missing:
+                names = ", ".join(plain.piece(i) for i in sorted(missing))
+                raise TrainingError(
+                    f"data.later.{step} has documents with {names}, for which this run has no rows of their own: it "
+                    "was started without that skill. Leave the skill out, or start a new run in another folder",
+                    param="later",
+                )
         surfaces = [plain.token_bytes(i) for i in range(plain.vocab_size)]
         self.respell = build_respell(surfaces, set(trained))
         self.tokenizer = Tokenizer.from_version(version, respell=self.respell)
@@ -90,13 +106,17 @@ class DeskData:
     def micro_batches(
         self, step: int, *, split: Split = "train", turn: tuple[int, int] = (0, 1)
     ) -> Iterator[TokenBatch]:
-        """The parts of a step's batch. Of several ranks, ``turn`` (its index, their number), each takes its turn in
-        the documents of every part: the step is the same on any number of them."""
-        size = self.config.documents_per_step // self.config.micro_batches
-        for part in range(self.config.micro_batches):
-            first = step * self.config.documents_per_step + part * size
-            mixture = self.config.mixture_at(step) if split == "train" else self.config.mixture
-            yield self._batch(range(first, first + size)[turn[0] :: turn[1]], split, mixture)
+        """The parts of a step's batch; ``turn`` as in ``numbers``."""
+        mixture = self.config.mixture_at(step) if split == "train" else self.config.mixture
+        for numbers in self.numbers(step, turn):
+            yield self._batch(numbers, split, mixture)
+
+    def numbers(self, step: int, turn: tuple[int, int] = (0, 1)) -> list[range]:
+        """The documents of each part of a step. Of several ranks, ``turn`` (its index, their number), each takes its
+        turn in those of every part: the step is the same on any number of them."""
+        together, size = self.config.documents_per_step, self.config.documents_per_step // self.config.micro_batches
+        starts = range(step * together, step * together + size * self.config.micro_batches, size)
+        return [range(first, first + size)[turn[0] :: turn[1]] for first in starts]
 
     def _batch(self, numbers: range, split: Split, mixture: dict[str, int]) -> TokenBatch:
         inputs: list[int] = []

@@ -117,13 +117,33 @@ class Dpo(FineTuning[DpoConfig, PairBatch, Pair]):
         cache = Cache(
             self.folder / "reference", self._key(), lengths, sizes.num_hidden_layers, sizes.num_experts_per_tok
         )
-        if self.mesh.is_first and not cache.open():
-            parts = [self._part(numbers) for numbers in self._cut(range(len(pairs)))]
-            by_numbers = {part.numbers: part for part in parts}
-            cache.fill([part.numbers for part in parts], lambda numbers: self._say(by_numbers[tuple(numbers)]))
-        if self.mesh.any(False) or not cache.open():  # the others wait for the first rank here
-            raise TrainingError(f"{self.folder}: the ranks do not see the same files; it must be on a shared disk")
+        if self.mesh.is_first:
+            try:
+                if not cache.open():
+                    self._fill(cache, len(pairs))
+            finally:
+                self.mesh.any(False)
+        else:
+            while self.mesh.any(False):  # the first rank is at work
+                pass
+        if not cache.open():
+            raise TrainingError(
+                f"{self.folder}: the first rank did not write what the others can read; it says why, or the folder is "
+                "not on a shared disk"
+            )
         self._cache = cache
+
+    def _fill(self, cache: Cache, pairs: int) -> None:
+        """Ask for all pairs. The other ranks hear after every part that it goes on: they do not wait for ever."""
+        parts = [self._part(numbers) for numbers in self._cut(range(pairs))]
+        by_numbers = {part.numbers: part for part in parts}
+
+        def say(numbers: Sequence[int]) -> Said:
+            said = self._say(by_numbers[tuple(numbers)])
+            self.mesh.any(True)
+            return said
+
+        cache.fill([part.numbers for part in parts], say)
 
     def parts(self, step: int) -> list[PairBatch]:
         """The parts of a step's batch; both documents of a pair are in one."""

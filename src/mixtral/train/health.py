@@ -27,8 +27,8 @@ class RouterHealth:
     def __init__(self, layers: int, experts: int) -> None:
         self.starving_LE = torch.zeros((layers, experts), dtype=torch.int64)
 
-    def update(self, loads_LE: Tensor) -> dict[str, Any]:
-        """Take in a step's loads (1 is even); the figures of the step by their names in ``StepReport``.
+    def update(self, step: int, loads_LE: Tensor) -> dict[str, Any]:
+        """Take in the loads of a step (1 is even); its figures by their names in ``StepReport``.
 
         Warns:
             UserWarning: an expert has starved for ``ALARM_STEPS`` steps; once, until it has recovered.
@@ -37,9 +37,9 @@ class RouterHealth:
         self.starving_LE = torch.where(loads_LE < ALARM_LOAD, self.starving_LE + 1, 0)
         for layer, expert in (self.starving_LE == ALARM_STEPS).nonzero().tolist():
             warnings.warn(
-                f"expert {expert} of layer {layer} had less than {ALARM_LOAD:.0%} of an even load for {ALARM_STEPS} "
-                "steps: the router is collapsing, or this text does not need it. Raise balance_coef or z_coef, lower "
-                "learning_rate, or train an adapter, which leaves the router alone",
+                f"step {step}: expert {expert} of layer {layer} had less than {ALARM_LOAD:.0%} of an even load for "
+                f"{ALARM_STEPS} steps: the router is collapsing, or this text does not need it. Raise balance_coef or "
+                "z_coef, lower learning_rate, or train an adapter, which leaves the router alone",
                 stacklevel=3,
             )
         shares_LE = loads_LE.double() / loads_LE.shape[1]

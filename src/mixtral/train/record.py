@@ -29,7 +29,7 @@ from mixtral.train.optim import ADAM_BETAS, ADAM_EPS, MUON_MOMENTUM
 if TYPE_CHECKING:
     from mixtral.train.training import Training
 
-__all__ = ["NAME", "build_record", "flops", "write_record"]
+__all__ = ["NAME", "build_record", "commit_of_source", "flops", "write_record"]
 
 NAME = "record.json"
 # A server of about 300 W whose 30 cores share processor, memory, fans and the losses of the power supply.
@@ -97,23 +97,31 @@ def flops(config: MixtralConfig, tokens: int, squares: int, *, trained: float = 
 def _software() -> dict[str, Any]:
     return {
         "mixtral": __version__,
-        "commit": _commit(),
+        "commit": commit_of_source(),
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
 
 
 @functools.cache
-def _commit() -> str | None:
-    """The commit of the source tree this runs from; None if it is installed elsewhere, or there is no git."""
+def commit_of_source() -> str | None:
+    """The commit of the source tree this runs from, with ``-dirty`` if files of the package are not as it has them.
+
+    None if it is installed elsewhere, or there is no git. A run asks when it starts: later the tree may be another.
+    """
     package = Path(__file__).resolve().parents[1]
-    command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]
+
+    def git(*command: str) -> str:
+        words = ["git", "-C", str(package), *command]
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=10).stdout
+
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        top, commit = done.stdout.splitlines()
+        top, commit = git("rev-parse", "--show-toplevel", "HEAD").splitlines()
+        if Path(top).resolve() / "src" / "mixtral" != package:
+            return None
+        return f"{commit}-dirty" if git("status", "--porcelain", "--", ".") else commit
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    return commit if Path(top).resolve() / "src" / "mixtral" == package else None
 
 
 def _optimizer(run: Training[Any, Any]) -> dict[str, Any]:

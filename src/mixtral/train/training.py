@@ -31,7 +31,7 @@ from mixtral.train.config import OptimConfig
 from mixtral.train.health import Probe, RouterHealth
 from mixtral.train.loop import Settings, StepReport
 from mixtral.train.optim import NormGuard, Optimizer, learning_rate
-from mixtral.train.record import build_record, write_record
+from mixtral.train.record import build_record, commit_of_source, write_record
 
 __all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versions", "warn_of_versions"]
 
@@ -133,6 +133,7 @@ class Training(ABC, Generic[C, P]):
         self.squares_total = 0  # of document lengths: attention's work
         torch.set_num_threads(config.run.threads)
         keep_freed()
+        commit_of_source()
 
     def begin(self, model: Mixtral, optimizer: Optimizer, probe: Part, saved: Saved | None) -> None:
         """The last step of every ``__init__``: take over the saved state, if there is one."""
@@ -215,7 +216,7 @@ class Training(ABC, Generic[C, P]):
         self.squares_total += squares
         self.seconds_total += seconds
         self._loads_LE = step.loads_LE()
-        health = self.health.update(self._loads_LE)
+        health = self.health.update(self.steps_done, self._loads_LE)
         if self._probes:
             self._probe.measure(self.model)
         return self.report(

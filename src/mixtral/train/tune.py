@@ -165,6 +165,12 @@ class TuneConfig:
     def __post_init__(self) -> None:
         if self.adapter is not None and self.experts is not None:
             raise ConfigError("there are tables adapter and experts; expected one of them", param="experts")
+        if self.optim.optimizer == "muon" and (self.adapter is not None or self.experts is not None):
+            raise ConfigError(
+                'optimizer is "muon", which is for models that are trained whole; expected "adamw" for an adapter or '
+                "chosen experts",
+                param="optimizer",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""
