@@ -45,10 +45,10 @@ Documents are drawn by skill with these weights:
 
 {mixture}.
 
-Held-out values, templates, functions and schemas never occur in the training split. {invented} % of the names and codes
-that are trained are invented, from syllables and from pieces of the vocabulary; in {renamed} % of the documents with
-functions these and their parameters have other names. So what is copied must be read. What was otherwise in earlier
-parts of the run is in `docs/embedded-model.md`.
+Held-out values, templates, functions and schemas never occur in the training split. {invented} % of the names, codes
+and things that are trained are invented, from syllables and from pieces of the vocabulary; in {renamed} % of the
+documents with functions these and their parameters have other names. So what is copied must be read. What was
+otherwise in earlier parts of the run is in `docs/embedded-model.md`.
 
 ## Training
 

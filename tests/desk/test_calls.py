@@ -11,7 +11,7 @@ from mixtral.desk import world
 from mixtral.desk.calls import FUNCTIONS, HELD_OUT, calls, definition, functions_of
 from mixtral.desk.source import SPLITS, split_of
 
-GOLDEN = {"train": "d745b5e4cd33b8c4", "validation": "7a912752dc3fb583", "test": "4afbc5fb4ee28410"}
+GOLDEN = {"train": "35eb29e24cec769f", "validation": "682d1c250bf179c5", "test": "161084af542af918"}
 HELD_OUT_SPLITS = ("validation", "test")
 TYPES = {"string": str, "integer": int, "boolean": bool}
 SMALL_NUMBERS = {

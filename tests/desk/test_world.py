@@ -38,6 +38,35 @@ def test_most_of_the_open_items_are_invented():
     assert set(INVENTORS) < set(world.INVENTORIES)
 
 
+def test_enough_names_are_held_out_for_a_score_to_be_of_more_than_a_handful():
+    for inventory, least in {"first_name": 40, "last_name": 40, "city": 30, "restaurant": 30, "street": 20}.items():
+        assert all(len(world.items(inventory, split)) >= least for split in ("validation", "test"))
+
+
+@pytest.mark.parametrize("language", world.LANGUAGES)
+def test_things_of_training_are_mostly_invented_and_never_held_out(language):
+    source = Source("nouns", language)
+    drawn = [world.draw_noun("item", source, "train", language) for _ in range(1500)]
+    words = {split: {world.word("item", key, language) for key in world.keys("item", split)} for split in SPLITS}
+    invented = [noun for noun in drawn if noun.text not in words["train"]]
+    assert abs(len(invented) / len(drawn) - world.INVENTED_PERCENT / 100) < 0.05
+    assert not {noun.text for noun in drawn} & (words["validation"] | words["test"])
+    assert len({noun.text for noun in invented}) > 900
+    genders = {"en": {""}, "de": {"m", "f", "n"}}.get(language, {"m", "f"})
+    assert {noun.gender for noun in invented} == genders
+    assert {noun.text[0].isupper() for noun in invented} == {language == "de"}
+    for split in ("validation", "test"):
+        assert {world.draw_noun("item", source, split, language).text for _ in range(200)} <= words[split]
+
+
+def test_an_invented_thing_that_is_a_held_out_one_is_drawn_again(monkeypatch):
+    held_out = world.word("item", world.keys("item", "test")[0], "en")
+    asked = iter([held_out.upper(), held_out, "blonk"])
+    monkeypatch.setattr(world, "INVENTED_PERCENT", 100)
+    monkeypatch.setattr(world, "invented_noun", lambda source, language: (next(asked), ""))
+    assert world.draw_noun("item", Source("nouns"), "train", "en").text == "blonk"
+
+
 def test_unknown_inventory_is_an_error():
     with pytest.raises(KeyError):
         world.draw("planets", Source("draw"), "train")

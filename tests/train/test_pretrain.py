@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixtral.errors import ConfigError, TrainingError
-from mixtral.model import Batch, Documents
+from mixtral.model import Batch, Documents, initial_values
 from mixtral.ops import Route
 from mixtral.train import checkpoint, training
 from mixtral.train import pretrain as recipe
@@ -50,6 +50,16 @@ def gradients(config: PretrainConfig, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_masters_are_not_rounded(tmp_path: Path, nano: Nano, dtype: str) -> None:
+    run = Pretraining(nano(run={"dtype": dtype}), tmp_path)
+    expected = dict(initial_values(run.model, seed=run.config.run.seed))
+    assert run.optimizer.masters.keys() == expected.keys()
+    for name, value in run.model.named_parameters():
+        assert torch.equal(run.optimizer.masters[name], expected[name])
+        assert torch.equal(value, expected[name].to(value.dtype))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stopped_and_a_killed_run_end_bitwise_like_a_straight_one(tmp_path: Path, nano: Nano, dtype: str) -> None:
     config = nano(run={"dtype": dtype})

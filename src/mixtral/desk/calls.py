@@ -155,9 +155,8 @@ def _value(slot: str, source: Source, split: Split, language: Language, *, targe
         said = source.pick(_phrases()["devices"][language])
         text = said.partition(" ")[2]
     elif kind in {"item", "word"}:
-        key = world.draw_key("item", source, split)
-        text = world.word("item", key, language)
-        said = world.forms("item", key, language)["my"] if kind == "item" else text
+        noun = world.draw_noun("item", source, split, language)
+        text, said = noun.text, world.forms_of(noun, language)["my" if kind == "item" else "bare"]
     elif kind == "museum":
         key = source.pick(("maritime_museum", "clock_museum", "glass_museum"))
         text, said = world.word("place", key, language), world.forms("place", key, language)["the"]
@@ -234,8 +233,9 @@ def _result(
         elif name == "translation":
             table, spoken = world.TABLES["item"], _slots()["spoken"]["values"]
             target = LANGUAGES[spoken.index(call.arguments["language"])]
-            key = next(key for key, row in table.items() if row[language].text == call.arguments["word"])
-            result[name] = table[key][target].text
+            rows = [row for row in table.values() if row[language].text == call.arguments["word"]]
+            noun = rows[0][target] if rows else world.draw_noun("item", source, split, target)  # of an invented word
+            result[name] = noun.text
         elif name in {"open", "close"}:
             times = world.items("time", split)
             result[name] = source.pick(times[: len(times) // 3] if name == "open" else times[-len(times) // 3 :])

@@ -1,4 +1,4 @@
-"""Copying as such: lists of words that nobody knows to repeat, and values to look up by their keys.
+"""Copying as such: lists of words that nobody knows to repeat, values to look up by their keys, and letters of words.
 
 Every skill of the desk copies names, codes and numbers out of what was said. Here that is all there is to do, with
 words of any pieces, so it is learnt for all of them and not for those that the town knows.
@@ -19,20 +19,22 @@ from mixtral.desk.world import LANGUAGES, draw
 
 __all__ = ["SUITES", "copies"]
 
-SUITES: tuple[str, ...] = ("copies/lists", "copies/pairs")
+SUITES: tuple[str, ...] = ("copies/lists", "copies/pairs", "copies/letters")
 _LETTERS = "abcdefghijklmnopqrstuvwxyzäöüéèñç"
 _BETWEEN = (", ", " ", "; ", "\n", " / ")
 _PAIRS = ((": ", "\n"), (" = ", ", "), (" - ", "\n"), (": ", "; "))
 
 
 def copies(seed: int, split: Split, number: int) -> Document:
-    """A list to repeat, or keys whose values are asked for; ``answer`` is ``{"contains": [...]}``.
+    """A list to repeat, keys whose values are asked for, or words to spell; ``answer`` is ``{"contains": [...]}``.
 
-    Some are to be written as JSON, or are JSON and to be written without it: a word in quotes has other tokens.
+    Some are to be written as JSON, or are JSON and to be written without it: a word in quotes has other tokens. Which
+    letters a token has is nowhere to be seen, so some words are to be spelled, or put together from their letters.
     """
     source = Source("copies", seed, split, number)
     language = source.pick(LANGUAGES)
-    return _list(source, split, language) if source.chance(50) else _table(source, split, language)
+    place = source.below(10)
+    return (_list if place < 4 else _table if place < 8 else _letters)(source, split, language)
 
 
 def _list(source: Source, split: Split, language: str) -> Document:
@@ -63,6 +65,22 @@ def _table(source: Source, split: Split, language: str) -> Document:
         question, reply = ", ".join(asked) + "?", ", ".join(values[place] for place in places)
     parts = [table, question] if source.chance(70) else [question, table]
     return _document("copies/pairs", language, "\n\n".join(parts), reply)
+
+
+def _letters(source: Source, split: Split, language: str) -> Document:
+    words = _words(source, split, source.between(1, 6))
+    spelled, whole = ", ".join("-".join(word) for word in words), ", ".join(words)
+    quoted = json.dumps(words, ensure_ascii=False)
+    kind, given, reply = source.pick(
+        (
+            ("spell", whole, spelled),
+            ("spell", quoted, spelled),
+            ("join", spelled, whole),
+            ("join_json", spelled, quoted),
+        )
+    )
+    asked = source.pick(_phrases()[language][kind])
+    return _document("copies/letters", language, f"{asked} {given}", reply)
 
 
 def _words(source: Source, split: Split, count: int) -> list[str]:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from mixtral.desk.source import Source
 
-__all__ = ["INVENTORS", "invented_word", "pieced_word"]
+__all__ = ["INVENTORS", "invented_noun", "invented_word", "pieced_word"]
 
 _ONSET_TEXT = """
     b br bl c ch cl cr d dr f fl fr g gl gr h j k kl kn kr l m n p pf ph pl pr qu r s sc sch sh sk sl sm sn sp st str
@@ -58,16 +58,26 @@ def _pieces() -> dict[str, list[str]]:
     return {name: words.split() for name, words in tomllib.loads(text).items()}
 
 
+def invented_noun(source: Source, language: str) -> tuple[str, str]:
+    """A word for a thing, and its gender as ``desk.words`` has it: m, f, n (German), or empty (English)."""
+    name = _name(source)
+    return name if language == "de" else name.lower(), source.pick({"en": ("",), "de": "mfn"}.get(language, "mf"))
+
+
 def _name(source: Source) -> str:
     return (pieced_word(source) if source.chance(50) else invented_word(source)).capitalize()
 
 
 def _restaurant(source: Source) -> str:
-    match source.below(4):
+    match source.below(6):
         case 0:
             return _name(source)
         case 1:
             return f"{_name(source)} {source.pick(_AFTER)}"
+        case 2:
+            return f"{_name(source)} {_name(source)}"
+        case 3:
+            return f"{source.pick(_BEFORE)} {_name(source)} {_name(source)}"
         case _:
             return f"{source.pick(_BEFORE)} {_name(source)}"
 

@@ -1,7 +1,8 @@
 """Notes of the day with a question about one or two of them, lists to copy, and short stories of the town.
 
-The value asked for is copied word for word from the notes. In held-out documents the note that is asked about is made
-of held-out names and values only; the notes around it are mixed. Sizes are in characters, at 1.8 to 2.4 per token.
+The value asked for is copied word for word from the notes. In training, long notes are asked about in several turns.
+In held-out documents the note that is asked about is made of held-out names and values only; the notes around it are
+mixed. Sizes are in characters, at 1.8 to 2.4 per token.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ def notes(seed: int, split: Split, number: int) -> Document:
     low, high = _SIZES[suite]
     size = source.between(low, high)
     phrases = _phrases()[language]
-    asked = 2 if source.chance(20) else 1
+    turns = [2 if source.chance(20) else 1 for _ in range(_turns(source, split, size))]
     questions, wanted, lines = [], [], []
     used: set[str] = set()
     crowd = _crowd(source, split)
-    for _ in range(asked):
+    for _ in range(sum(turns)):
         template, slots = _fact(source, split, phrases, used, crowd)
         place = 1 + 2 * source.below(len(template) // 2)
         lines.append(_fill(template[0], slots))
@@ -56,8 +57,13 @@ def notes(seed: int, split: Split, number: int) -> Document:
         lines.append(_fill(template[0], slots))
     lines = source.shuffled(lines)
     body = ". ".join(lines) + "." if source.chance(25) else "\n".join(f"- {line}" for line in lines)
-    question = f"{source.pick(phrases['head'])}\n{body}\n\n{' '.join(questions)}"
-    return _document(suite, language, question, ", ".join(wanted), wanted)
+    text = f"{source.pick(phrases['head'])}\n{body}\n\n"
+    talk, past = [], 0
+    for asked in turns:
+        these = slice(past, past + asked)
+        talk += [text + " ".join(questions[these]), ", ".join(wanted[these])]
+        text, past = "", past + asked
+    return _document(suite, language, talk, wanted[-turns[-1] :])
 
 
 def story(seed: int, split: Split, number: int) -> Document:
@@ -93,11 +99,17 @@ def _suite(source: Source, split: Split) -> str:
     if source.chance(20):
         return "notes/copy"
     place = source.below(100)  # longer notes than these are never trained
-    return "notes/short" if place < 62 else "notes/512" if place < 82 else "notes/1024" if place < 92 else "notes/2048"
+    return "notes/short" if place < 40 else "notes/512" if place < 64 else "notes/1024" if place < 83 else "notes/2048"
 
 
-def _document(suite: str, language: str, question: str, reply: str, wanted: list[str]) -> Document:
-    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": reply})
+def _turns(source: Source, split: Split, size: int) -> int:
+    """How often notes of ``size`` characters are asked about: held-out ones once, long ones of training more often."""
+    return source.between(1, 1 + size // 300) if split == "train" else 1
+
+
+def _document(suite: str, language: str, talk: list[str], wanted: list[str]) -> Document:
+    """``talk`` is what the user and the assistant say, in turns."""
+    messages = tuple({"role": ("user", "assistant")[place % 2], "content": said} for place, said in enumerate(talk))
     return Document("notes", suite, language, messages=messages, answer={"contains": wanted})
 
 
@@ -112,11 +124,11 @@ def _copy(source: Source, split: Split, language: Language) -> Document:
             entries.append(entry)
     text = ", ".join(entries)
     if len(entries) < 3 or source.chance(50):
-        return _document("notes/copy", language, f"{source.pick(phrases['repeat'])} {text}", text, [text])
+        return _document("notes/copy", language, [f"{source.pick(phrases['repeat'])} {text}", text], [text])
     place = source.below(len(entries) - 1)
     question = _fill(source.pick(phrases["after"]), {"x": entries[place]})
     wanted = entries[place + 1]
-    return _document("notes/copy", language, f"{text}\n\n{question}", wanted, [wanted])
+    return _document("notes/copy", language, [f"{text}\n\n{question}", wanted], [wanted])
 
 
 class _Crowd(NamedTuple):

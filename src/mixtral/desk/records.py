@@ -221,7 +221,7 @@ def _value(kind: str, source: Source, split: Split, language: Language) -> Any:
         return source.sample(_SPOKEN[LANGUAGES.index(language)].split("|"), source.between(2, 3))
     table = {"day": "weekday"}.get(kind, kind)
     if table in world.TABLES:
-        return world.word(table, world.draw_key(table, source, split), language)
+        return world.draw_noun(table, source, split, language).text
     return world.draw(kind, source, split)
 
 

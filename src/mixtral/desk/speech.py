@@ -162,7 +162,7 @@ def _request(talk: _Talk, intent: str, wording: Split) -> None:
     """A wish that is said in one turn and confirmed with its values."""
     slots, required = {}, []
     if intent == "lost":
-        thing = world.forms("item", world.draw_key("item", talk.source, talk.split), talk.language)
+        thing = world.forms_of(world.draw_noun("item", talk.source, talk.split, talk.language), talk.language)
         slots = {**thing, "street": talk.value("street")}
         required = [thing["bare"], slots["street"]]
     elif intent == "cancel":

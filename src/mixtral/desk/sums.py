@@ -21,6 +21,8 @@ __all__ = ["SUITES", "sums"]
 SUITES: tuple[str, ...] = ("sums/1-op", "sums/2-op", "sums/3-4-op", "sums/templates", "sums/5-6-op")
 _LANGUAGES = ("en",) * 6 + ("fr", "de", "es", "it")
 _SENTENCE = {"+": "plus", "-": "minus", "×": "times", "÷": "over"}
+_ANY_PERCENT = 40
+"""How many sentences of training fit all stories: more ways to say a thing than the stories have of their own."""
 _Step = tuple[int, str, int, int]  # left, operation, right, result
 
 
@@ -161,6 +163,9 @@ def _story(source: Source, split: Split, language: str, steps: list[_Step], *, h
         owners: list[Split] = []
         sentences = []
         for slot in slots:
+            if split == "train" and slot in _SENTENCE.values() and source.chance(_ANY_PERCENT):
+                sentences.append(source.pick(_phrases()[language][f"any_{slot}"]))
+                continue
             variant = source.below(len(stories[place][slot]))
             owners.append(split_of("sums-sentence", language, place, slot, variant, held_out_percent=20))
             sentences.append(stories[place][slot][variant])

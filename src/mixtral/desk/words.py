@@ -20,6 +20,7 @@ __all__ = [
     "date",
     "draw_key",
     "forms",
+    "forms_of",
     "keys",
     "price",
     "weekday",
@@ -286,7 +287,11 @@ _GRAMMAR: dict[Language, Callable[[str, str], dict[str, str]]] = {
 @cache
 def forms(table: str, key: str, language: Language) -> Mapping[str, str]:
     """A noun with its articles: a, a_acc (German accusative), the, my, your (both accusative), to, of; and bare."""
-    noun = TABLES[table][key][language]
+    return forms_of(TABLES[table][key][language], language)
+
+
+def forms_of(noun: Noun, language: Language) -> Mapping[str, str]:
+    """What ``forms`` gives, of a noun that need not be in a table."""
     return MappingProxyType({"bare": noun.text, **_GRAMMAR[language](noun.text, noun.gender)})
 
 

@@ -9,12 +9,15 @@ Three kinds of things:
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from types import MappingProxyType
 
-from mixtral.desk.invented import INVENTORS
+from mixtral.desk.invented import INVENTORS, invented_noun
 from mixtral.desk.source import Source, Split, split_of
 from mixtral.desk.words import (
     CURRENCY,
@@ -26,6 +29,7 @@ from mixtral.desk.words import (
     date,
     draw_key,
     forms,
+    forms_of,
     keys,
     price,
     weekday,
@@ -48,8 +52,10 @@ __all__ = [
     "date",
     "draw",
     "draw_key",
+    "draw_noun",
     "facts_of",
     "forms",
+    "forms_of",
     "items",
     "keys",
     "price",
@@ -62,59 +68,11 @@ HOTEL = "Hotel Lindera"
 
 # --- inventories: written alike in every language, each item in one split --------------------------------------------
 
-_FIRST_NAMES = """
-    Adele Agnes Alba Alessio Alice Amelie Andrea Anton Arthur Astrid Aurora Beatrice Benno Boris Bruno Camille Carla
-    Carlos Carmen Celia Chiara Clara Claude Daniel Daria David Diego Dora Edgar Elena Elias Elisa Emil Emma Enzo
-    Erik Estela Eva Fabio Felix Fiona Flora Franz Gabriel Gemma Georg Gina Greta Hanna Helena Hugo Ida Ines Irene
-    Iris Ivan Jakob Jana Jonas Julia Julian Karin Karl Katrin Lara Laura Leo Lina Lorenzo Louise Luca Lucia Ludwig
-    Luis Magda Manuel Marco Maria Marta Martin Matteo Max Mia Milan Mira Moritz Nadia Nico Nina Noah Nora Olga Oscar
-    Otto Pablo Paul Paula Pia Rafael Renata Rita Robert Rosa Ruth Samuel Sara Silvia Simon Sofia Stella Teresa Theo
-    Thomas Ugo Ursula Valeria Vera Victor Viola Walter
-"""
-_LAST_NAMES = """
-    Abel Adler Albers Almeida Amaro Arnold Bach Bauer Becker Bellini Berger Bianchi Blanc Bonnet Brandt Bruni Calvo
-    Campos Carter Castro Colin Conti Cooper Costa Cruz Dahl Delgado Diaz Dubois Duarte Eckert Esposito Evans Fabre
-    Fischer Fontana Foster Franco Fuchs Gallo Garcia Gerber Girard Gomez Graf Greco Hall Hansen Hartmann Herrera
-    Hoffmann Huber Jansen Keller Klein Koch Lambert Lang Leone Lindner Lopez Marchetti Marin Marino Martel Mason
-    Mercier Meyer Molina Monti Moreau Moreno Moretti Morgan Nagel Navarro Neumann Novak Olsen Ortega Palmer Parker
-    Pavese Perrin Petit Pinto Ponti Prado Quinn Ramos Renard Ricci Rinaldi Rivera Robin Romano Rossi Roussel Ruiz
-    Sanders Santos Schmidt Serra Silva Simonet Soler Sommer Sorel Stein Tanner Torres Turner Valente Vega Vidal
-    Vogel Wagner Weber Winter Wolf Zanetti Ziegler
-"""
-_STREETS = """
-    Via Bassa|Via Salina|Via Lunga|Via Aurelia|Via Fontana|Via Stella|Via Olmo|Via Pino|Via Cedro
-    Via Mirto|Via Remo|Via Porta|Via Forno|Via Quercia|Via Acero|Via Betulla|Via Ginestra|Via Viola
-    Via Dalia|Via Iris|Via Giglio|Via Mimosa|Via Arno|Via Brezza|Via Canale|Via Castagno|Via Colle
-    Via Corda|Via Duna|Via Edera|Via Fiume|Via Gabbiano|Via Garofano|Via Gelso|Via Genziana|Via Glicine
-    Via Isola|Via Lago|Via Lavanda|Via Limone|Via Lupo|Via Malva|Via Mandorlo|Via Melo|Via Nespolo
-    Via Noce|Via Onda|Via Orto|Via Palma|Via Pesca|Via Pioppo|Via Prato|Via Quarzo|Via Riva|Via Roccia
-    Via Salice|Via Sambuco|Via Scala|Via Scoglio|Via Sole|Via Tramonto|Via Ulivo|Via Vento|Via Vigna
-    Via Zaffiro
-"""
-_RESTAURANTS = """
-    Calypso|Fenouil|Goldener Anker|La Cigala|Tre Gatti|Mirabelle|Blue Kettle|El Olivo|Zum Krug
-    Osteria Nove|Red Lantern|La Brisa|Alte Post|Il Cortile|Chez Odile|Salt House|Casa Pilar|Drei Linden
-    Da Renzo|The Copper Pot|Seeblick|Villa Rossa|Bistro Lune|Green Door|La Palma|Am Tor|Al Ponte|Le Canard
-    El Patio|Sonnenhof|La Pergola|Les Halles|White Heron|La Ronda|Waldhaus|Piccolo Mondo|Harbour Inn
-    La Sirena|Rosengarten|El Jilguero|Zur Mühle|La Tavola|Kupferkanne|Chez Basile|Blue Heron|El Mirador
-    Il Gabbiano|Rote Laterne|La Marmite|Corner Table|La Despensa|Casa Blanca|La Fuente|Zum Anker|Il Forno
-    Silver Spoon|Chez Margot|Am Markt|La Violette|El Rincon|Due Torri|Oak Table|Lindenhof|La Lanterna|Casa Nieves
-    Petit Jardin|Blue Door|Bella Vista|Zum Hirsch
-"""
-_CITIES = """
-    Alderno Barvik Belloro Brisanne Calmera Castrello Corvanne Dornau Elsberg Falmonte Feldara Grimau Halden
-    Isolanda Jarnac Kelvane Lasterna Lindau Loreval Malverna Montelar Nerval Norhaven Oldera Orvanne Palmeras
-    Pontevia Quintara Ravello Rosheim Salvera Santora Selbach Solvara Tarnow Tersina Ulmenau Valdoro Varnes Vellano
-    Westmar Yverna Zellin Zorano Lindholm Marrow Bellver Torvane
-"""
-_MAIL_HOSTS = """
-    post mail box letter inbox parcel stamp quill envelope courier pigeon sender reply note card page paper ink
-    folder scroll memo message post-box mail-room letters office desk harbour bay coast island cliff dune river
-"""
 
-
-def _split_names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for line in text.splitlines() for part in line.split("|") if part.strip())
+def _names() -> dict[str, tuple[str, ...]]:
+    text = resources.files("mixtral.desk").joinpath("phrases/names.toml").read_text(encoding="utf-8")
+    parts = {kind: re.split(r"[|\n]" if "|" in names else r"\s", names) for kind, names in tomllib.loads(text).items()}
+    return {kind: tuple(part.strip() for part in found if part.strip()) for kind, found in parts.items()}
 
 
 def _codes() -> tuple[str, ...]:
@@ -124,12 +82,8 @@ def _codes() -> tuple[str, ...]:
 
 INVENTORIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "first_name": tuple(_FIRST_NAMES.split()),
-        "last_name": tuple(_LAST_NAMES.split()),
-        "street": _split_names(_STREETS),
-        "restaurant": _split_names(_RESTAURANTS),
-        "city": tuple(_CITIES.split()),
-        "mail_host": tuple(f"{name}.example" for name in _MAIL_HOSTS.split()),
+        **_names(),
+        "mail_host": tuple(f"{name}.example" for name in _names()["mail_host"]),
         "phone": tuple(f"555 {n * 7919 % 9000 + 1000}" for n in range(400)),
         "time": tuple(f"{minute // 60:02d}:{minute % 60:02d}" for minute in range(6 * 60, 24 * 60, 5)),
         "date": tuple(f"{month:02d}-{day:02d}" for month in range(1, 13) for day in range(2, 29)),
@@ -142,7 +96,7 @@ INVENTORIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Names and values by inventory. ``date`` items are ``MM-DD``; ``price`` items are whole euros."""
 
 INVENTED_PERCENT = 70
-"""How many training items of an open inventory are invented instead of taken from it."""
+"""How many training items of an open inventory, and words of a table with splits, are invented, not taken from it."""
 
 
 @cache
@@ -162,6 +116,22 @@ def draw(inventory: str, source: Source, split: Split) -> str:
             if split_of("value", inventory, item) == split:
                 return item
     return source.pick(items(inventory, split))
+
+
+def draw_noun(table: str, source: Source, split: Split, language: Language) -> Noun:
+    """A word of a table for ``split``, in training an invented one as ``draw`` has it; KeyError: unknown table."""
+    if split == "train" and table in SPLIT_TABLES and source.chance(INVENTED_PERCENT):
+        while True:
+            noun = Noun(*invented_noun(source, language))
+            if noun.text.casefold() not in _held_out_words(table):
+                return noun
+    return TABLES[table][draw_key(table, source, split)][language]
+
+
+@cache
+def _held_out_words(table: str) -> frozenset[str]:
+    held_out = {*keys(table, "validation"), *keys(table, "test")}
+    return frozenset(noun.text.casefold() for key in held_out for noun in TABLES[table][key].values())
 
 
 # --- facts: the same in every document -------------------------------------------------------------------------------

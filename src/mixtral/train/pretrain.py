@@ -14,7 +14,7 @@ from torch import Tensor
 from mixtral.desk.source import Split
 from mixtral.desk.write import MIXTURE, generator_id
 from mixtral.errors import TrainingError
-from mixtral.model import Mixtral, Output, initial_values, initialise
+from mixtral.model import Mixtral, Output, initial_values
 from mixtral.ops import head_cross_entropy
 from mixtral.parallel.head import split_cross_entropy
 from mixtral.parallel.mesh import Mesh
@@ -55,11 +55,11 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
         dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
         sizes = config.model.replace(vocab_size=self.data.rows)
         self.head_loss: Callable[..., tuple[Tensor, Tensor]] = head_cross_entropy
-        shards = None
+        shards, masters = None, {}
         if self.mesh.is_alone:
-            model = Mixtral(sizes, dtype=dtype)
-            initialise(model, seed=config.run.seed)
-            model = model.to(self.mesh.device)
+            model = Mixtral(sizes, dtype=dtype).to(self.mesh.device)
+            if saved is None:  # in float32, as the ranks of a mesh have them: a model in bfloat16 holds them rounded
+                masters = dict(initial_values(model, seed=config.run.seed))
         else:
             shards = build(sizes, self.mesh, dtype=dtype)
             model = shards.model
@@ -67,7 +67,7 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
                 shards.fill(initial_values(Mixtral(sizes, device="meta"), seed=config.run.seed))
             if shards.head is not None:
                 self.head_loss = partial(split_cross_entropy, part=shards.head)
-        self.begin(model, Optimizer(model, config.optim, shards=shards), self._probe_batch(), saved)
+        self.begin(model, Optimizer(model, config.optim, masters, shards), self._probe_batch(), saved)
 
     def parts(self, step: int, split: Split = "train") -> list[TokenBatch]:
         """The parts of a step's batch.
