@@ -11,15 +11,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from mixtral.errors import TrainingError
+from mixtral.parallel.mesh import Mesh, alone
+from mixtral.parallel.plan import Axes
 from mixtral.parallel.state import StateFiles
 from mixtral.train import checkpoint
 
@@ -154,20 +157,26 @@ def test_damaged_folders_do_not_push_out_whole_ones(tmp_path: Path) -> None:
         assert newest(tmp_path) == 1
 
 
-def test_states_that_have_not_changed_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_ranks_wait_states_that_have_not_changed_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
     damage = checkpoint._damage
-    monkeypatch.setattr(checkpoint, "_damage", lambda path, mesh=None: read.append(path.name) or damage(path, mesh))
+    two = Mesh(Axes(dp=2), 0, torch.device("cpu"), {"dp": cast(DeviceMesh, None)})
     for step in (1, 2, 3):
-        save(tmp_path, step, keep_last=2)
-    assert read == []
-    checkpoint._whole.clear()  # another process
-    save(tmp_path, 4, keep_last=2)
-    assert read == ["step-00000002", "step-00000003"]
+        save(tmp_path, step)
+    monkeypatch.setattr(checkpoint, "_whole", {})  # another process
+    monkeypatch.setattr(checkpoint, "_damage", lambda path: read.append(path.name) or damage(path))
+    checkpoint._remove_old(tmp_path, 3, two)
+    assert read == ["step-00000001", "step-00000002", "step-00000003"]
+    checkpoint._remove_old(tmp_path, 3, two)
+    assert len(read) == 3
     flip(tmp_path / "step-00000003")
-    save(tmp_path, 5, keep_last=2)
-    assert read[2:] == ["step-00000003"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "step-00000005"]
+    checkpoint._remove_old(tmp_path, 1, two)
+    assert read[3:] == ["step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+    checkpoint._remove_old(tmp_path, 1, alone())  # a process of its own has the time
+    assert read[4:] == ["step-00000002", "step-00000003"]
 
 
 def test_what_an_interrupted_save_left_is_replaced(tmp_path: Path) -> None:

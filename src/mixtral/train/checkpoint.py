@@ -41,7 +41,7 @@ _VALUES, _COMMIT, _LOCK = "state.json", "COMMIT", "lock"
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # of a file of a state: it is in the state's own folder
 # How a state looks that is not all there. Any other error is no word about the state: it may be whole.
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_whole: dict[Path, frozenset[tuple[str, int, int]]] = {}  # states that this process saved or checked, by their stamps
+_whole: dict[Path, frozenset[tuple[str, int, int]]] = {}  # states that this process has read, by their stamps
 
 
 @contextmanager
@@ -117,9 +117,7 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     if mesh.is_first:
-        with suppress(OSError):
-            _whole[final] = _stamp(final)
-        _remove_old(folder, keep_last)
+        _remove_old(folder, keep_last, mesh)
     return final
 
 
@@ -240,13 +238,15 @@ def _step_of(path: Path) -> int:
     return int(_number(path))
 
 
-def _remove_old(folder: Path, keep_last: int) -> None:
+def _remove_old(folder: Path, keep_last: int, mesh: Mesh) -> None:
     """Remove all but the newest whole states. What is damaged or cannot be read does not count, and stays.
 
-    Each gets the name of an unfinished one first: if this is interrupted, the next save removes the rest.
+    Where other ranks wait, files that have not changed since this process read them are not read again: of a large
+    model that would take longer than the ranks wait for each other. A state to remove gets the name of an unfinished
+    one first: if this is interrupted, the next save removes the rest.
     """
     try:
-        whole = [path for path in _numbered(folder) if _is_whole(path)]
+        whole = [path for path in _numbered(folder) if _is_whole(path, is_known=not mesh.is_alone and _is_known(path))]
     except OSError:
         return
     for old in whole[:-keep_last]:
@@ -257,18 +257,22 @@ def _remove_old(folder: Path, keep_last: int) -> None:
             shutil.rmtree(going, ignore_errors=True)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a state is as it was saved. The contents of files that have not changed since are not read again: the
-    other ranks wait, and they give up when a large model takes long."""
+def _is_whole(path: Path, *, is_known: bool) -> bool:
     try:
         stamp = _stamp(path)
-        if _whole.get(path) != stamp:
-            if _damage(path) is not None:
-                return False
-            _whole[path] = stamp
+        if not is_known and _damage(path) is not None:
+            return False
+        _whole[path] = stamp
     except OSError:
         return False
     return True
+
+
+def _is_known(path: Path) -> bool:
+    """Whether this process found the state whole, and no file of it has changed since."""
+    with suppress(OSError):
+        return path in _whole and _whole[path] == _stamp(path)
+    return False
 
 
 def _stamp(path: Path) -> frozenset[tuple[str, int, int]]:
