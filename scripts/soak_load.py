@@ -328,7 +328,7 @@ class Load:
         return self._answer("constrained", CHAT, body, check)
 
     def _long(self, draw: random.Random) -> Outcome:
-        notes = "\n".join(str(self._document(draw, "notes").messages[0]["content"]) for _ in range(12))
+        notes = "\n".join(str(self._document(draw, "notes").messages[0]["content"]) for _ in range(7))
         body = {"messages": [{"role": "user", "content": notes}], "max_tokens": 16, "stream": draw.random() < 0.5}
         return self._answer("long", CHAT, body, lambda reply: "")
 
