@@ -80,10 +80,11 @@ def _codes() -> tuple[str, ...]:
     return tuple(f"{letters[n * 7 % 18]}{letters[n * 5 // 9 % 18]}{n * 37 % 90 + 10}" for n in range(400))
 
 
+_NAMES = _names()
 INVENTORIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        **_names(),
-        "mail_host": tuple(f"{name}.example" for name in _names()["mail_host"]),
+        **_NAMES,
+        "mail_host": tuple(f"{name}.example" for name in _NAMES["mail_host"]),
         "phone": tuple(f"555 {n * 7919 % 9000 + 1000}" for n in range(400)),
         "time": tuple(f"{minute // 60:02d}:{minute % 60:02d}" for minute in range(6 * 60, 24 * 60, 5)),
         "date": tuple(f"{month:02d}-{day:02d}" for month in range(1, 13) for day in range(2, 29)),

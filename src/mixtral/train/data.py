@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixtral.desk.source import Document, Source, Split
-from mixtral.desk.write import document
+from mixtral.desk.write import MIXTURE, SKILLS, document
 from mixtral.errors import TrainingError
 from mixtral.tokenizer import Tokenizer, encode_chat
 from mixtral.train.config import DataConfig
@@ -22,7 +22,7 @@ from mixtral.weights.vocab import build_respell, row_map
 
 __all__ = ["DeskData", "TokenBatch", "choose_trained_ids", "encode_document"]
 
-_LATER_DOCUMENTS = 200  # of every later mixture are looked at before a run starts
+_SKILL_DOCUMENTS = 50  # of every skill that comes later are looked at before a run starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
         counts.update(encode_document(tokenizer, document(config.seed, "train", number, config.mixture or None))[0])
     kept = {0, tokenizer.bos_id, tokenizer.eos_id}
     kept |= {i for i in range(tokenizer.vocab_size) if tokenizer.is_byte(i) or (tokenizer.is_control(i) and counts[i])}
-    kept |= {i for mixture in config.later.values() for i in _control_ids(tokenizer, config, mixture)}
+    kept |= _later_control_ids(tokenizer, config)
     kept |= {i for i in counts if len(tokenizer.piece(i).lstrip("▁")) <= 1}
     kept |= set(tokenizer.encode("0 1 2 3 4 5 6 7 8 9"))
     ranked = sorted((i for i in counts if i not in kept), key=lambda i: (-counts[i], i))
@@ -75,9 +75,17 @@ def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
     return sorted(kept)
 
 
-def _control_ids(tokenizer: Tokenizer, config: DataConfig, mixture: dict[str, int]) -> set[int]:
-    """The control ids that some documents of a mixture have."""
-    texts = (document(config.seed, "train", number, mixture or None) for number in range(_LATER_DOCUMENTS))
+def _later_control_ids(tokenizer: Tokenizer, config: DataConfig) -> set[int]:
+    """The control ids that documents of the skills of all later mixtures have.
+
+    Raises:
+        ConfigError: a skill is unknown.
+    """
+    mixtures = [mixture or MIXTURE for mixture in config.later.values()]
+    for mixture in mixtures:
+        document(config.seed, "train", 0, mixture)
+    skills = {skill for mixture in mixtures for skill, weight in mixture.items() if weight}
+    texts = (SKILLS[skill](config.seed, "train", n) for skill in sorted(skills) for n in range(_SKILL_DOCUMENTS))
     return {i for item in texts for i in encode_document(tokenizer, item)[0] if tokenizer.is_control(i)}
 
 
@@ -87,15 +95,14 @@ class DeskData:
     def __init__(self, config: DataConfig, trained: list[int], version: str = "v3") -> None:
         self.config = config
         plain = Tokenizer.from_version(version)
-        for step, mixture in config.later.items():  # what is wrong with one is an error now, not when its step has come
-            missing = _control_ids(plain, config, mixture) - set(trained)
-            if missing:
-                names = ", ".join(plain.piece(i) for i in sorted(missing))
-                raise TrainingError(
-                    f"data.later.{step} has documents with {names}, for which this run has no rows of their own: it "
-                    "was started without that skill. Leave the skill out, or start a new run in another folder",
-                    param="later",
-                )
+        missing = _later_control_ids(plain, config) - set(trained)  # an error now, and not when its step has come
+        if missing:
+            names = ", ".join(plain.piece(i) for i in sorted(missing))
+            raise TrainingError(
+                f"data.later has documents with {names}, for which this run has no rows of their own: it was started "
+                "without that skill. Leave the skill out, or start a new run in another folder",
+                param="later",
+            )
         surfaces = [plain.token_bytes(i) for i in range(plain.vocab_size)]
         self.respell = build_respell(surfaces, set(trained))
         self.tokenizer = Tokenizer.from_version(version, respell=self.respell)

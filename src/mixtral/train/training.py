@@ -133,7 +133,7 @@ class Training(ABC, Generic[C, P]):
         self.squares_total = 0  # of document lengths: attention's work
         torch.set_num_threads(config.run.threads)
         keep_freed()
-        commit_of_source()
+        commit_of_source()  # asked now, as it is kept: when the record is written the tree may be another
 
     def begin(self, model: Mixtral, optimizer: Optimizer, probe: Part, saved: Saved | None) -> None:
         """The last step of every ``__init__``: take over the saved state, if there is one."""
