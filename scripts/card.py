@@ -1,7 +1,8 @@
 """Writes the model card of the embedded model from its weights' header, the log of its run and its scores.
 
 Run: python scripts/card.py RUN_FOLDER, after `mixtral train export RUN_FOLDER src/mixtral/embedded --overwrite` and
-`mixtral evaluate --split test --count 1000 --json src/mixtral/embedded/scores.json`.
+`mixtral evaluate --split test --count 1000 --json src/mixtral/embedded/scores.json`. The run is that of
+`examples/continued.toml`, on a model of that of `examples/pretrain.toml`.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral.desk.calls import RENAMED_PERCENT
+from mixtral.desk.calls import RENAMED_PERCENT, UNHEARD_PERCENT
 from mixtral.desk.world import INVENTED_PERCENT
 from mixtral.evaluate.desk import SuiteScore, to_markdown
 from mixtral.plan import count_parameters
 from mixtral.train.checkpoint import load_latest
+from mixtral.train.config import PretrainConfig, read_pretrain_config
+from mixtral.train.start import fingerprint
 from mixtral.weights.compact import load_compact
 
 __all__ = ["main", "render"]
 
 FOLDER = Path(__file__).resolve().parent.parent / "src" / "mixtral" / "embedded"
+FIRST = FOLDER.parents[2] / "examples" / "pretrain.toml"
 CURVE_POINTS = 12
 
 TEXT = """# Model card: the embedded model
@@ -40,26 +44,33 @@ of 32; {megabytes:.1f} MB.
 
 ## Data
 
-The generator in `mixtral.desk`, seed {data_seed}, split `train`; nothing was downloaded and nobody's text was used.
-Documents are drawn by skill with these weights:
+The generator in `mixtral.desk`, split `train`; nothing was downloaded and nobody's text was used. Documents are drawn
+by skill with these weights, first from seed {first_data_seed}:
+
+{first_mixture}.
+
+Then from seed {data_seed}:
 
 {mixture}.
 
 Held-out values, templates, functions and schemas never occur in the training split. {invented} % of the names, codes
 and things that are trained are invented, from syllables and from pieces of the vocabulary; in {renamed} % of the
-documents with functions these and their parameters have other names. So what is copied must be read. What was
-otherwise in earlier parts of the run is in `docs/embedded-model.md`.
+documents with functions these and their parameters have other names, and in {unheard} % the things that are booked and
+looked for have invented words. So what is copied must be read. What was otherwise in earlier parts of the training is
+in `docs/embedded-model.md`.
 
 ## Training
 
-`mixtral train pretrain examples/pretrain.toml`: {steps:,} steps, {tokens:,} tokens ({per_step:,.0f} a step),
-{hours:.2f} hours on {threads} CPU threads without a GPU ({speed:,.0f} tokens/s; other work ran beside it), torch
-{torch}, bfloat16 with float32 masters. Muon on matrices and AdamW on the rest, learning rate {learning_rate},
-{warmup} steps of warm-up, linear decay over the last {decay:.0%} of the steps. Seeds: {seed} for the weights,
-{data_seed} for the data. Balance loss {balance_coef}, z-loss {z_coef}.
+`mixtral train pretrain examples/pretrain.toml`: {first_steps:,} steps, {first_tokens:,} tokens, {first_hours:.2f}
+hours; its learning rate was {first_rate}, with {first_warmup} steps of warm-up and linear decay over the last
+{first_decay:.0%} of the steps. Exported, and from the int8 weights `mixtral train pretrain examples/continued.toml`:
+{steps:,} steps, {tokens:,} tokens ({per_step:,.0f} a step), {hours:.2f} hours on {threads} CPU threads without a GPU
+({speed:,.0f} tokens/s; other work ran beside it), learning rate {learning_rate}, {warmup} steps of warm-up, then
+linear decay to 0. {all_tokens:,} tokens in all. torch {torch}, bfloat16 with float32 masters, Muon on matrices and
+AdamW on the rest. Seed of the first weights: {seed}. Balance loss {balance_coef}, z-loss {z_coef}.
 
-Loss is nats per trained token, weighted as in training; `validation` is nats per token of the assistant on held-out
-documents.
+The losses of the second part, in nats per trained token, weighted as in training; `validation` is nats per token of
+the assistant on held-out documents:
 
 {curve}
 ## Held-out scores
@@ -100,6 +111,7 @@ def render(run_folder: Path, model_folder: Path) -> str:
     if len({row.n for row in scores}) != 1:
         raise ValueError("the suites were scored on different numbers of documents")
     data, optim = saved[2]["config"]["data"], saved[2]["config"]["optim"]
+    first, begun = first_part(saved[2])
     log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return TEXT.format(
         vocabulary=config.vocab_size,
@@ -108,8 +120,18 @@ def render(run_folder: Path, model_folder: Path) -> str:
         rows=int(notes["trained_rows"]),
         megabytes=(model_folder / "model.safetensors").stat().st_size / 1e6,
         data_seed=notes["data_seed"],
-        seed=notes["seed"],
+        seed=begun["seed"],
         mixture=mixtures(data),
+        first_mixture=mixtures(first.to_dict()["data"]),
+        first_data_seed=begun["data_seed"],
+        first_steps=int(begun["steps"]),
+        first_tokens=int(begun["tokens"]),
+        first_hours=float(begun["seconds"]) / 3600,
+        first_rate=first.optim.learning_rate,
+        first_warmup=first.optim.warmup_steps,
+        first_decay=first.optim.decay_fraction,
+        all_tokens=int(begun["tokens"]) + tokens,
+        unheard=UNHEARD_PERCENT,
         invented=INVENTED_PERCENT,
         renamed=RENAMED_PERCENT,
         steps=steps,
@@ -120,7 +142,6 @@ def render(run_folder: Path, model_folder: Path) -> str:
         torch=notes["torch"],
         learning_rate=optim["learning_rate"],
         warmup=optim["warmup_steps"],
-        decay=optim["decay_fraction"],
         balance_coef=optim["balance_coef"],
         z_coef=optim["z_coef"],
         layers=config.num_hidden_layers,
@@ -138,6 +159,21 @@ def render(run_folder: Path, model_folder: Path) -> str:
         n=scores[0].n,
         scores=to_markdown(scores),
     )
+
+
+def first_part(values: Mapping[str, Any]) -> tuple[PretrainConfig, Mapping[str, str]]:
+    """The configuration of the run that made the model of the start, and what the file of that model says of it.
+
+    Raises:
+        ValueError: the model lies no longer where it was, or is of another run than ``examples/pretrain.toml``.
+    """
+    path = Path(values["config"]["start"]["path"])
+    if fingerprint(path) != values["base_sha256"]:
+        raise ValueError(f"{path}: is not the model that the run began with")
+    config, begun = read_pretrain_config(FIRST), load_compact(path, device="cpu").metadata
+    if (int(begun["steps"]), int(begun["data_seed"])) != (config.run.steps, config.data.seed):
+        raise ValueError(f"{path}: was not made by {FIRST.name}")
+    return config, begun
 
 
 def mixtures(data: Mapping[str, Any]) -> str:

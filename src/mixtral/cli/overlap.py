@@ -18,20 +18,32 @@ __all__ = ["run"]
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run of `mixtral train pretrain`.")],
+    of: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Folder of a run of `mixtral train pretrain`, or its configuration file."),
+    ],
     suite: Annotated[list[str] | None, typer.Option(help="Suite to compare; may be repeated; default: all.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Documents of each suite.")] = 1000,
     split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out split.")] = "test",
     seed: Annotated[int, typer.Option(help="Seed of the held-out documents.")] = 1,
 ) -> None:
-    """Compare held-out prompts with everything that was trained: equal ones, and sequences of 13 tokens."""
+    """Compare held-out prompts with everything that was trained: equal ones, and sequences of 13 tokens.
+
+    Of a configuration file with all that a run to its end trains.
+    """
     from mixtral.desk.write import SUITES, generator_id
     from mixtral.evaluate.overlap import overlaps, to_markdown
+    from mixtral.train.config import read_pretrain_config
 
-    config, trained, generators = _read(folder)
+    if of.is_file():
+        planned = read_pretrain_config(of)
+        config, trained = planned.data, planned.run.steps * planned.data.documents_per_step
+        generators: Any = [[0, generator_id()]]
+    else:
+        config, trained, generators = _read(of)
     if generators != [[0, generator_id()]]:
         output.note(
-            f"not all documents of {folder} were written by this version of the generator, or its record does not say "
+            f"not all documents of {of} were written by this version of the generator, or its record does not say "
             "by which; compared is what this version writes"
         )
     parts = [trained * part // 10 for part in range(1, 11)]

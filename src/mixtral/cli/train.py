@@ -60,11 +60,14 @@ def pretrain(
     parallel: Parallel = None,
     device: Device = None,
 ) -> None:
-    """Train from nothing, or go on with a run. Ctrl-C or SIGTERM ends it after the step, saved."""
+    """Train from nothing, or from the model of [start], or go on with a run. Ctrl-C or SIGTERM ends it after the step,
+    saved."""
+    from mixtral.api import folder_of
     from mixtral.train.config import read_pretrain_config
     from mixtral.train.pretrain import pretrain as train
 
     settings = read_pretrain_config(config)
+    base = folder_of(settings.start.path) if settings.start else None
     out.mkdir(parents=True, exist_ok=True)
     if _launched(context, parallel):
         return
@@ -74,7 +77,7 @@ def pretrain(
             out, settings.run.steps, tensorboard=tensorboard and mesh.is_first, one_of_many=not mesh.is_alone
         ) as told,
     ):
-        run = train(settings, out, mesh=mesh, **told.hooks(max_seconds))
+        run = train(settings, out, mesh=mesh, base=base, **told.hooks(max_seconds))
     if mesh.is_first:
         told.done(out, run.steps_done, run.tokens_total)
 

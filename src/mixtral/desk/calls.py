@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from mixtral.desk import world
 from mixtral.desk.renamed import renamed
 from mixtral.desk.source import Document, Source, Split
+from mixtral.desk.unheard import unheard
 from mixtral.desk.world import LANGUAGES, Language
 
-__all__ = ["FUNCTIONS", "HELD_OUT", "RENAMED_PERCENT", "calls", "definition", "functions_of"]
+__all__ = ["FUNCTIONS", "HELD_OUT", "RENAMED_PERCENT", "UNHEARD_PERCENT", "calls", "definition", "functions_of"]
 
 _ALPHABET = ascii_letters + digits
 _CURRENCIES = ("EUR", "USD", "GBP", "CHF", "JPY", "SEK", "NOK", "CZK", "PLN", "DKK")
@@ -62,6 +63,8 @@ _OPEN = {"name", "date", "time", "restaurant", "street", "city", "code", "price"
 _TYPES = {"few": "integer", "count": "integer", "price": "integer", "room": "integer", "bool": "boolean"}
 RENAMED_PERCENT = 40
 """How many training documents name functions and parameters otherwise than ``FUNCTIONS``."""
+UNHEARD_PERCENT = 40
+"""How many training documents have invented words for things to book, to cancel, to find."""
 
 
 class _Function(NamedTuple):
@@ -297,7 +300,8 @@ def _answer(source: Source, split: Split, language: Language) -> Document:
 def calls(seed: int, split: Split, number: int) -> Document:
     """Document ``number``: a request, 1-3 functions, and the right call, reply or answer.
 
-    In training, the functions of ``RENAMED_PERCENT`` of the documents have other names (``desk.renamed``).
+    In training, the functions of ``RENAMED_PERCENT`` of the documents have other names (``desk.renamed``), and the
+    things of ``UNHEARD_PERCENT`` invented words (``desk.unheard``).
     Held-out splits use their own names, dates, times, numbers and codes; suite ``calls/unseen`` their own functions.
     """
     source = Source("calls", seed, split, number)
@@ -307,10 +311,12 @@ def calls(seed: int, split: Split, number: int) -> Document:
         if place < 35:
             return _none(source, split, language) if place < 15 else _answer(source, split, language)
         return _ask(source, split, language, unseen=place >= 68)
-    if place < 45:
-        document = _none(source, split, language) if place < 25 else _answer(source, split, language)
+    if place < 40:
+        document = _none(source, split, language) if place < 20 else _answer(source, split, language)
     else:
         document = _ask(source, split, language, unseen=False)
+    if source.chance(UNHEARD_PERCENT):
+        document = unheard(document, source, {name: row[language][-1] for name, row in _phrases()["objects"].items()})
     return renamed(document, source, _RESERVED) if source.chance(RENAMED_PERCENT) else document
 
 

@@ -14,7 +14,9 @@ from typing import Any
 from mixtral.desk.invented import invented_word
 from mixtral.desk.source import Document, Source
 
-__all__ = ["renamed"]
+__all__ = ["renamed", "with_names"]
+
+Names = Mapping[str, str]
 
 _VERBS = {
     "book": "reserve make create order rent request", "cancel": "delete drop remove void release undo",
@@ -103,6 +105,12 @@ def renamed(document: Document, source: Source, reserved: frozenset[str]) -> Doc
         for key in keys:
             parameters[name][key] = _fresh(key, _parameter, source, used) if source.chance(50) else key
             used.add(parameters[name][key])
+    return with_names(document, functions, parameters)
+
+
+def with_names(document: Document, functions: Names, parameters: Mapping[str, Names]) -> Document:
+    """The document with other names of functions, and of their parameters by the function; one without a name of its
+    own in ``parameters`` keeps it."""
     return replace(
         document,
         tools=tuple(_tool(tool, functions, parameters) for tool in document.tools),
@@ -111,16 +119,13 @@ def renamed(document: Document, source: Source, reserved: frozenset[str]) -> Doc
     )
 
 
-Names = Mapping[str, str]
-
-
 def _tool(tool: Mapping[str, Any], functions: Names, parameters: Mapping[str, Names]) -> dict[str, Any]:
     function = tool["function"]
     table, schema = parameters[function["name"]], function["parameters"]
     changed = {
         **schema,
-        "properties": {table[key]: value for key, value in schema["properties"].items()},
-        "required": [table[key] for key in schema["required"]],
+        "properties": {table.get(key, key): value for key, value in schema["properties"].items()},
+        "required": [table.get(key, key) for key in schema["required"]],
     }
     return {**tool, "function": {**function, "name": functions[function["name"]], "parameters": changed}}
 
@@ -136,7 +141,7 @@ def _message(message: Mapping[str, Any], functions: Names, parameters: Mapping[s
 
 def _call(function: Mapping[str, Any], functions: Names, parameters: Mapping[str, Names]) -> dict[str, Any]:
     table = parameters[function["name"]]
-    arguments = {table[key]: value for key, value in json.loads(function["arguments"]).items()}
+    arguments = {table.get(key, key): value for key, value in json.loads(function["arguments"]).items()}
     return {**function, "name": functions[function["name"]], "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
@@ -146,7 +151,7 @@ def _answer(answer: Mapping[str, Any], functions: Names, parameters: Mapping[str
     calls = [
         {
             "name": functions[call["name"]],
-            "arguments": {parameters[call["name"]][key]: value for key, value in call["arguments"].items()},
+            "arguments": {parameters[call["name"]].get(key, key): value for key, value in call["arguments"].items()},
         }
         for call in answer["calls"]
     ]

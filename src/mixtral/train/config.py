@@ -21,6 +21,7 @@ __all__ = [
     "PretrainConfig",
     "RecordConfig",
     "RunConfig",
+    "StartConfig",
     "check_choice",
     "check_least",
     "check_most",
@@ -160,14 +161,25 @@ class RecordConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartConfig:
+    """The folder of the model whose weights a run begins with, or ``embedded``; it has shared vocabulary rows."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainConfig:
-    """All of a pretraining run. ``model`` has the full vocabulary; training itself keeps ``trained_rows`` + 1 rows."""
+    """All of a pretraining run. ``model`` has the full vocabulary; training itself keeps ``trained_rows`` + 1 rows.
+
+    Without ``start`` it begins with random weights, and chooses the rows.
+    """
 
     model: MixtralConfig
     data: DataConfig
     optim: OptimConfig
     run: RunConfig
     record: RecordConfig = field(default_factory=RecordConfig)
+    start: StartConfig | None = None
 
     def __post_init__(self) -> None:
         if self.model.num_experts_per_tok < 2:
@@ -195,8 +207,9 @@ class PretrainConfig:
         optim = read_table(OptimConfig, values, "optim", source)
         run = read_table(RunConfig, values, "run", source)
         record = read_table(RecordConfig, values, "record", source)
+        start = None if values.get("start") is None else read_table(StartConfig, values, "start", source)
         try:
-            return cls(model=model, data=data, optim=optim, run=run, record=record)
+            return cls(model=model, data=data, optim=optim, run=run, record=record, start=start)
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}", param=error.param) from None
 

@@ -25,11 +25,14 @@ from mixtral.train.data import DeskData, TokenBatch, choose_trained_ids
 from mixtral.train.loop import StepReport, drive
 from mixtral.train.losses import router_losses
 from mixtral.train.optim import Optimizer
+from mixtral.train.start import fingerprint, load_start
 from mixtral.train.training import Saved, Step, Training, forward, open_state
+from mixtral.weights.vocab import trained_ids
 
 __all__ = ["Pretraining", "StepReport", "pretrain"]
 
 _PROBE_TOKENS = 512
+_NOT_SIZES = {"max_position_embeddings", "router_aux_loss_coef"}  # may be other ones than those of the start
 
 
 class Pretraining(Training[PretrainConfig, TokenBatch]):
@@ -37,7 +40,9 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
 
     kind = "pretrain"
 
-    def __init__(self, config: PretrainConfig, folder: Path, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self, config: PretrainConfig, folder: Path, mesh: Mesh | None = None, base: Path | None = None
+    ) -> None:
         super().__init__(config, folder, mesh)
         _check_documents(config, self.mesh)
         tokenizer = Tokenizer.from_version("v3")
@@ -47,24 +52,33 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
                 param="vocab_size",
             )
         saved = open_state(folder, config, self.kind, self.mesh)
-        self.trained_ids: list[int] = (
-            choose_trained_ids(tokenizer, config.data) if saved is None else saved[2]["trained_ids"]
-        )
+        first: dict[str, Tensor] = {}
+        self.base_sha256: str | None = None
+        if saved is not None:
+            self.trained_ids: list[int] = saved[2]["trained_ids"]
+            self.base_sha256 = saved[2].get("base_sha256")
+        elif config.start is not None:
+            base = base or Path(config.start.path)
+            self.base_sha256 = fingerprint(base)
+            self.trained_ids, first = _weights_of(base, config)
+        else:
+            self.trained_ids = choose_trained_ids(tokenizer, config.data)
         self.data = DeskData(config.data, self.trained_ids)
         self.generators = _generators(folder, saved)
         dtype = torch.bfloat16 if config.run.dtype == "bfloat16" else torch.float32
         sizes = config.model.replace(vocab_size=self.data.rows)
         self.head_loss: Callable[..., tuple[Tensor, Tensor]] = head_cross_entropy
         shards, masters = None, {}
+        values = first.items() or initial_values(Mixtral(sizes, device="meta"), seed=config.run.seed)
         if self.mesh.is_alone:
             model = Mixtral(sizes, dtype=dtype).to(self.mesh.device)
             if saved is None:  # in float32, as the ranks of a mesh have them: a model in bfloat16 holds them rounded
-                masters = dict(initial_values(model, seed=config.run.seed))
+                masters = dict(values)
         else:
             shards = build(sizes, self.mesh, dtype=dtype)
             model = shards.model
             if saved is None:
-                shards.fill(initial_values(Mixtral(sizes, device="meta"), seed=config.run.seed))
+                shards.fill(values)
             if shards.head is not None:
                 self.head_loss = partial(split_cross_entropy, part=shards.head)
         self.begin(model, Optimizer(model, config.optim, masters, shards), self._probe_batch(), saved)
@@ -116,13 +130,16 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
         return loss
 
     def own_values(self) -> dict[str, Any]:
-        """The ids that have rows of their own, and which generators wrote the documents, each from a step on."""
-        return {"trained_ids": self.trained_ids, "generators": self.generators}
+        """The ids that have rows of their own, which generators wrote the documents, each from a step on, and what
+        model the run began with."""
+        base = {} if self.base_sha256 is None else {"base_sha256": self.base_sha256}
+        return {"trained_ids": self.trained_ids, "generators": self.generators, **base}
 
     def facts(self) -> dict[str, Any]:
         """All about the data is known: the project writes them."""
-        data = self.config.data
+        data, start = self.config.data, self.config.start
         return {
+            "base": "none" if start is None else {"path": start.path, "fingerprint": self.base_sha256},
             "seeds": {"weights": self.config.run.seed, "data": data.seed},
             "data": {
                 "generators": self.generators,
@@ -173,6 +190,34 @@ class Pretraining(Training[PretrainConfig, TokenBatch]):
         return float(every[0] / every[1])
 
 
+def _weights_of(base: Path, config: PretrainConfig) -> tuple[list[int], dict[str, Tensor]]:
+    """The ids with rows of their own of a model, and its weights, float32.
+
+    Raises:
+        TrainingError: it has no shared vocabulary rows, another number of them, or other sizes than the configuration.
+    """
+    begun = load_start(base, dtype="float32", full=True)
+    if begun.row_of_id is None:
+        raise TrainingError(
+            f"{base}: has no shared vocabulary rows; expected what `mixtral train export` makes of a pretraining run "
+            "without --dtype. Other models are fine-tuned: `mixtral train sft`",
+            param="path",
+        )
+    ids = trained_ids(begun.row_of_id)
+    if len(ids) != config.data.trained_rows:
+        raise TrainingError(
+            f"trained_rows is {config.data.trained_rows}, but {base} has {len(ids)}; they must be equal",
+            param="trained_rows",
+        )
+    wanted = config.model.replace(vocab_size=len(ids) + 1).to_dict()
+    for name, value in begun.model.config.to_dict().items():
+        if name not in _NOT_SIZES and wanted[name] != value:
+            raise TrainingError(
+                f"model.{name} is {wanted[name]!r}, but {base} has {value!r}; they must be equal", param=name
+            )
+    return ids, begun.masters
+
+
 def _generators(folder: Path, saved: Saved | None) -> list[list[Any]]:
     """[first step, id] of every generator that a run had; the id is None where a state was saved without it."""
     if saved is None:
@@ -208,13 +253,15 @@ def pretrain(
     max_seconds: float | None = None,
     stopping: Callable[[], bool] = lambda: False,
     mesh: Mesh | None = None,
+    base: Path | None = None,
 ) -> Pretraining:
     """Train to the end of the configuration, or until ``max_seconds`` or ``stopping()``; the state is saved at the end.
 
     Every step is appended to ``log.jsonl`` in ``folder``; so is, after every save, the validation loss, which
     ``on_validation`` gets with the number of the step. Called again with the same folder it goes on where it stopped,
     with bitwise the same result as one run without a stop (same machine, same number of threads, same versions, same
-    axes of a ``mesh``). All ranks of a mesh call this together, with the same folder.
+    axes of a ``mesh``). All ranks of a mesh call this together, with the same folder. ``base`` is where the model lies
+    that ``config.start`` names, if not at its path.
 
     Warns:
         UserWarning: the log could not be written, or a state before the last; the training goes on.
@@ -225,7 +272,7 @@ def pretrain(
     """
     return drive(
         folder,
-        lambda: Pretraining(config, folder, mesh),
+        lambda: Pretraining(config, folder, mesh, base),
         on_step=on_step,
         on_validation=on_validation,
         max_seconds=max_seconds,
