@@ -2,7 +2,7 @@
 
 Run: python scripts/card.py RUN_FOLDER, after `mixtral train export RUN_FOLDER src/mixtral/embedded --overwrite` and
 `mixtral evaluate --split test --count 1000 --json src/mixtral/embedded/scores.json`. The run is that of
-`examples/continued.toml`, on a model of that of `examples/pretrain.toml`.
+`examples/pretrain.toml`, or that of `examples/continued.toml` on a model of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mixtral.desk.calls import RENAMED_PERCENT, UNHEARD_PERCENT
+from mixtral.desk.calls import MADE_UP_PERCENT, RENAMED_PERCENT, UNHEARD_PERCENT
 from mixtral.desk.world import INVENTED_PERCENT
 from mixtral.evaluate.desk import SuiteScore, to_markdown
 from mixtral.plan import count_parameters
@@ -28,6 +28,8 @@ __all__ = ["main", "render"]
 FOLDER = Path(__file__).resolve().parent.parent / "src" / "mixtral" / "embedded"
 FIRST = FOLDER.parents[2] / "examples" / "pretrain.toml"
 CURVE_POINTS = 12
+First = tuple[PretrainConfig, Mapping[str, str]]
+"""The configuration of the run before, and what the file of its model says of it."""
 
 TEXT = """# Model card: the embedded model
 
@@ -45,32 +47,19 @@ of 32; {megabytes:.1f} MB.
 ## Data
 
 The generator in `mixtral.desk`, split `train`; nothing was downloaded and nobody's text was used. Documents are drawn
-by skill with these weights, first from seed {first_data_seed}:
-
-{first_mixture}.
-
-Then from seed {data_seed}:
-
-{mixture}.
+by skill with these weights{drawn}.
 
 Held-out values, templates, functions and schemas never occur in the training split. {invented} % of the names, codes
 and things that are trained are invented, from syllables and from pieces of the vocabulary; in {renamed} % of the
 documents with functions these and their parameters have other names, and in {unheard} % the things that are booked and
-looked for have invented words. So what is copied must be read. What was otherwise in earlier parts of the training is
-in `docs/embedded-model.md`.
+looked for have invented words; {made_up} % of the functions are made up from other pairs of verbs and things. So what
+is copied must be read. What was otherwise in earlier parts of the training is in `docs/embedded-model.md`.
 
 ## Training
 
-`mixtral train pretrain examples/pretrain.toml`: {first_steps:,} steps, {first_tokens:,} tokens, {first_hours:.2f}
-hours; its learning rate was {first_rate}, with {first_warmup} steps of warm-up and linear decay over the last
-{first_decay:.0%} of the steps. Exported, and from the int8 weights `mixtral train pretrain examples/continued.toml`:
-{steps:,} steps, {tokens:,} tokens ({per_step:,.0f} a step), {hours:.2f} hours on {threads} CPU threads without a GPU
-({speed:,.0f} tokens/s; other work ran beside it), learning rate {learning_rate}, {warmup} steps of warm-up, then
-linear decay to 0. {all_tokens:,} tokens in all. torch {torch}, bfloat16 with float32 masters, Muon on matrices and
-AdamW on the rest. Seed of the first weights: {seed}. Balance loss {balance_coef}, z-loss {z_coef}.
+{trained}
 
-The losses of the second part, in nats per trained token, weighted as in training; `validation` is nats per token of
-the assistant on held-out documents:
+Nats per trained token, weighted as in training; `validation` is nats per token of the assistant on held-out documents.
 
 {curve}
 ## Held-out scores
@@ -90,6 +79,17 @@ know. Answers outside the town desk are noise. Texts longer than 2,048 tokens we
 """
 
 
+FIRST_RUN = """`mixtral train pretrain examples/pretrain.toml`: {steps:,} steps, {tokens:,} tokens, {hours:.2f} hours;
+learning rate {rate}, {warmup} steps of warm-up, linear decay over the last {decay:.0%} of the steps. Exported, and from
+these int8 weights on:
+"""
+RUN = """`mixtral train pretrain examples/{file}`: {steps:,} steps, {tokens:,} tokens ({per_step:,.0f} a step),
+{hours:.2f} hours on {threads} CPU threads without a GPU ({speed:,.0f} tokens/s; other work ran beside it), torch
+{torch}, bfloat16 with float32 masters. Muon on matrices and AdamW on the rest, learning rate {rate}, {warmup} steps of
+warm-up, linear decay {decay}. Seeds: {seed} for the first weights, {data_seed} for the data.
+Balance loss {balance}, z-loss {z}."""
+
+
 def render(run_folder: Path, model_folder: Path) -> str:
     """The card's text.
 
@@ -102,7 +102,7 @@ def render(run_folder: Path, model_folder: Path) -> str:
     scores = [SuiteScore(**row) for row in made["scores"]]
     config, notes = compact.model.config, compact.metadata
     parameters = count_parameters(config)
-    steps, tokens, seconds = int(notes["steps"]), int(notes["tokens"]), float(notes["seconds"])
+    steps, tokens = int(notes["steps"]), int(notes["tokens"])
     saved = load_latest(run_folder)
     if saved is None or (saved[0], saved[2]["tokens_total"]) != (steps, tokens):
         raise ValueError(f"{run_folder}: its newest state is not the one that {model_folder} was exported from")
@@ -110,8 +110,7 @@ def render(run_folder: Path, model_folder: Path) -> str:
         raise ValueError(f"the weights are of step {steps} of {notes['steps_planned']}; export the end of the run")
     if len({row.n for row in scores}) != 1:
         raise ValueError("the suites were scored on different numbers of documents")
-    data, optim = saved[2]["config"]["data"], saved[2]["config"]["optim"]
-    first, begun = first_part(saved[2])
+    first = first_part(saved[2]) if saved[2]["config"].get("start") else None
     log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return TEXT.format(
         vocabulary=config.vocab_size,
@@ -119,31 +118,12 @@ def render(run_folder: Path, model_folder: Path) -> str:
         active=parameters.active,
         rows=int(notes["trained_rows"]),
         megabytes=(model_folder / "model.safetensors").stat().st_size / 1e6,
-        data_seed=notes["data_seed"],
-        seed=begun["seed"],
-        mixture=mixtures(data),
-        first_mixture=mixtures(first.to_dict()["data"]),
-        first_data_seed=begun["data_seed"],
-        first_steps=int(begun["steps"]),
-        first_tokens=int(begun["tokens"]),
-        first_hours=float(begun["seconds"]) / 3600,
-        first_rate=first.optim.learning_rate,
-        first_warmup=first.optim.warmup_steps,
-        first_decay=first.optim.decay_fraction,
-        all_tokens=int(begun["tokens"]) + tokens,
-        unheard=UNHEARD_PERCENT,
+        drawn=drawn(saved[2]["config"]["data"], first),
         invented=INVENTED_PERCENT,
         renamed=RENAMED_PERCENT,
-        steps=steps,
-        tokens=tokens,
-        per_step=tokens / steps,
-        hours=seconds / 3600,
-        speed=tokens / seconds,
-        torch=notes["torch"],
-        learning_rate=optim["learning_rate"],
-        warmup=optim["warmup_steps"],
-        balance_coef=optim["balance_coef"],
-        z_coef=optim["z_coef"],
+        unheard=UNHEARD_PERCENT,
+        made_up=MADE_UP_PERCENT,
+        trained=trained(saved[2]["config"], notes, first),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -152,7 +132,6 @@ def render(run_folder: Path, model_folder: Path) -> str:
         experts=config.num_local_experts,
         hidden=config.intermediate_size,
         per_token=config.num_experts_per_tok,
-        threads=saved[2]["config"]["run"]["threads"],
         curve=curve([record for record in log if record["step"] <= steps]),
         split=made["split"],
         score_seed=made["seed"],
@@ -161,7 +140,7 @@ def render(run_folder: Path, model_folder: Path) -> str:
     )
 
 
-def first_part(values: Mapping[str, Any]) -> tuple[PretrainConfig, Mapping[str, str]]:
+def first_part(values: Mapping[str, Any]) -> First:
     """The configuration of the run that made the model of the start, and what the file of that model says of it.
 
     Raises:
@@ -174,6 +153,52 @@ def first_part(values: Mapping[str, Any]) -> tuple[PretrainConfig, Mapping[str, 
     if (int(begun["steps"]), int(begun["data_seed"])) != (config.run.steps, config.data.seed):
         raise ValueError(f"{path}: was not made by {FIRST.name}")
     return config, begun
+
+
+def drawn(data: Mapping[str, Any], first: First | None) -> str:
+    """The weights of the skills, those of a run before first."""
+    own = f"from seed {data['seed']}:\n\n{mixtures(data)}"
+    if first is None:
+        return f", {own}"
+    before = first[0].to_dict()["data"]
+    return f", first from seed {before['seed']}:\n\n{mixtures(before)}.\n\nThen {own}"
+
+
+def trained(config: Mapping[str, Any], notes: Mapping[str, str], first: First | None) -> str:
+    """How the weights were made: a paragraph, or of a run that began with a model two and the sum of tokens."""
+    steps, tokens, seconds, optim = int(notes["steps"]), int(notes["tokens"]), float(notes["seconds"]), config["optim"]
+    until_end = (
+        f"over the last {optim['decay_fraction']:.0%} of the steps" if optim["schedule"] == "wsd" else "from there"
+    )
+    text = RUN.format(
+        file="continued.toml" if first else FIRST.name,
+        steps=steps,
+        tokens=tokens,
+        per_step=tokens / steps,
+        hours=seconds / 3600,
+        speed=tokens / seconds,
+        threads=config["run"]["threads"],
+        torch=notes["torch"],
+        rate=optim["learning_rate"],
+        warmup=optim["warmup_steps"],
+        decay=until_end,
+        seed=(first[1] if first else notes)["seed"],
+        data_seed=notes["data_seed"],
+        balance=optim["balance_coef"],
+        z=optim["z_coef"],
+    )
+    if first is None:
+        return text
+    before, begun = first[0].optim, first[1]
+    intro = FIRST_RUN.format(
+        steps=int(begun["steps"]),
+        tokens=int(begun["tokens"]),
+        hours=float(begun["seconds"]) / 3600,
+        rate=before.learning_rate,
+        warmup=before.warmup_steps,
+        decay=before.decay_fraction,
+    )
+    return f"{intro}\n{text}\n{int(begun['tokens']) + tokens:,} tokens in all. The losses of the second run:"
 
 
 def mixtures(data: Mapping[str, Any]) -> str:

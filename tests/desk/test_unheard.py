@@ -6,12 +6,13 @@ import re
 import pytest
 
 import mixtral.desk.calls
-from mixtral.desk.calls import FUNCTIONS, UNHEARD_PERCENT, _phrases, calls
+from mixtral.desk.calls import UNHEARD_PERCENT, calls
+from mixtral.desk.functions import FUNCTIONS, call_phrases, definition
 from mixtral.desk.source import Document, Source
 from mixtral.desk.unheard import unheard
 
 COUNT = 1500
-THINGS = set(_phrases()["objects"])
+THINGS = set(call_phrases()["objects"])
 
 
 def training(percent):
@@ -19,6 +20,7 @@ def training(percent):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixtral.desk.calls, "UNHEARD_PERCENT", percent)
         patch.setattr(mixtral.desk.calls, "RENAMED_PERCENT", 0)
+        patch.setattr(mixtral.desk.calls, "MADE_UP_PERCENT", 0)
         return [calls(3, "train", number) for number in range(COUNT)]
 
 
@@ -70,7 +72,7 @@ def test_names_change_in_their_things_alone_and_most_things_do(pairs):
 def test_names_descriptions_calls_and_words_go_together(pairs):
     """Put the things back and the document is what it was: nothing else differs."""
     for before, after in pairs:
-        nouns = {name: row[before.language][-1] for name, row in _phrases()["objects"].items()}
+        nouns = {name: row[before.language][-1] for name, row in call_phrases()["objects"].items()}
         words = words_of(before, after)
         names = {new["name"]: old["name"] for old, new in zip(functions(before), functions(after), strict=True)}
         for old, new in zip(functions(before), functions(after), strict=True):
@@ -121,8 +123,8 @@ def test_the_guest_says_the_word_of_the_function_that_is_called(pairs):
 
 
 def test_a_room_with_a_number_stays_a_room():
-    tool = mixtral.desk.calls.definition("order_food")
-    other = mixtral.desk.calls.definition("book_room")
+    tool = definition(FUNCTIONS["order_food"])
+    other = definition(FUNCTIONS["book_room"])
     document = Document(
         "calls", "calls/values", "en", tools=(tool, other), answer={"calls": []},
         messages=({"role": "user", "content": "Bring 2 x soup to room 12, and book a room for 3 nights."},),
@@ -136,7 +138,7 @@ def test_a_room_with_a_number_stays_a_room():
 
 
 def test_german_nouns_keep_their_capitals():
-    tool = mixtral.desk.calls.definition("book_boat")
+    tool = definition(FUNCTIONS["book_boat"])
     document = Document(
         "calls", "calls/values", "de", tools=(tool,), answer={"calls": []},
         messages=({"role": "user", "content": "Ich möchte ein Boot für 3 Stunden buchen."},),
