@@ -109,7 +109,7 @@ def test_other_sizes_are_refused(tmp_path: Path, begun: Begun, change: dict[str,
 
 
 def test_a_model_without_shared_rows_is_refused(tmp_path: Path, begun: Begun, plain: Path) -> None:
-    with pytest.raises(TrainingError, match=r"has no shared vocabulary rows, .*; expected what `mixtral train export`"):
+    with pytest.raises(TrainingError, match=r"has no shared vocabulary rows; expected what `mixtral train export`"):
         Pretraining(begun(), tmp_path, base=plain)
 
 

@@ -29,7 +29,10 @@ NOTHING = dict.fromkeys(StepReport.__slots__, 0)
 class Idle:
     """In the place of ``Pretraining``: counts steps, and saves the count."""
 
-    def __init__(self, config: PretrainConfig, folder: Path, mesh: Mesh | None = None) -> None:
+    def __init__(
+        self, config: PretrainConfig, folder: Path, mesh: Mesh | None = None, base: Path | None = None
+    ) -> None:
+        assert base is None
         self.config, self.folder, self.mesh = config, folder, mesh or alone()
         found = checkpoint.load_latest(folder)
         self.steps_done = 0 if found is None else found[0]

@@ -134,7 +134,7 @@ def test_a_state_from_before_these_numbers_goes_on(tmp_path: Path, nano: Nano) -
     step, tensors, values = checkpoint.load_latest(tmp_path) or pytest.fail("no state")
     old_tensors = {n: v for n, v in tensors.items() if not n.startswith(("probe.", "health."))}
     new = {"kind", "guard", "agreement", "squares_total"}
-    config = {name: dict(table) for name, table in values["config"].items() if name != "record"}
+    config = {name: dict(table) for name, table in values["config"].items() if table and name != "record"}
     for name in ("schedule", "optimizer", "skip_norm", "ema", "balance_scope"):
         del config["optim"][name]
     old = {name: value for name, value in values.items() if name not in new} | {"config": config}
