@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -157,11 +156,9 @@ def run(
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         _write(place / "config.json", settings(folder, name, rate=rate, steps=steps, threads=threads))
-        process = subprocess.Popen([sys.executable, __file__, "--one", str(place)])
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{name}, {what}: the training ended with exit code {process.returncode}")
+        code = subprocess.run([sys.executable, __file__, "--one", str(place)], check=False).returncode
+        if code:
+            raise SystemExit(f"{name}, {what}: the training ended with exit code {code}")
         records = [json.loads(line) for line in (place / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         steps_of = [record for record in records if "loss" in record]
         told = json.loads((place / "told.json").read_text(encoding="utf-8"))
@@ -173,7 +170,6 @@ def run(
             "agreement": steps_of[-1]["agreement"],
             "seconds_per_step": statistics.median(record["seconds"] for record in steps_of[4:]),
             "tokens": steps_of[-1]["tokens_total"],
-            "peak_bytes": usage.ru_maxrss * 1024,
         }
         if not keep:
             shutil.rmtree(place)
@@ -215,7 +211,17 @@ def train_here(place: Path) -> None:
     Sft.train(config, place, folder_of(config.model.path), on_ready=runs.append, on_step=on_step)
     trained = sum(master.numel() for master in runs[0].optimizer.masters.values())
     experts = None if runs[0].selection is None else sum(map(len, runs[0].selection.experts))
-    _write(place / "told.json", {"trained": trained, "experts": experts, "loads": loads})
+    told = {"trained": trained, "experts": experts, "loads": loads, "peak_bytes": peak_resident()}
+    _write(place / "told.json", told)
+
+
+def peak_resident() -> int:
+    """The most memory that this process had, in bytes, since it became this program.
+
+    ``ru_maxrss`` is no smaller than what the process that started it had.
+    """
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def best_rate(folder: Path, name: str) -> float:
@@ -266,6 +272,7 @@ def report(folder: Path, json_path: Path | None, images: Path | None) -> None:
                 if (home / f"rate-{rate:g}.json").exists()
             },
             **{key: value for key, value in whole.items() if key not in ("loads", "seconds_per_step")},
+            "peak_bytes": alone["peak_bytes"],
             "seconds": alone["seconds_per_step"] * STEPS,
             "timed_alone": alone is not whole,
             "scores": _read(home / "scores.json"),

@@ -65,7 +65,7 @@ def test_a_run_on_two_ranks_is_that_of_one_process(
     # From the first update on differences grow: Muon rounds to bfloat16, and a router may decide otherwise.
     assert found[0] <= 2e-6
     assert found[1] <= 1e-3
-    assert found[2] <= 1e-2
+    assert found[2] <= 3e-2
     (loss, both) = (json.loads((tmp_path / n / "log.jsonl").read_text().splitlines()[-1]) for n in ("one", "two"))
     assert loss["step"] == both["step"] == 3
     (alone, shared) = (json.loads((tmp_path / n / "record.json").read_text()) for n in ("one", "two"))
@@ -231,7 +231,7 @@ def test_four_ranks_train_save_and_go_on(four: Ranks, nano: Nano, tmp_path: Path
     found = distance(reports, expected)
     assert found[0] <= 2e-6
     assert max(found[:3]) <= 1e-3
-    assert max(found) <= 1e-2  # one token of one step goes to another expert
+    assert max(found) <= 3e-2  # a token or two of one step go to another expert
     shutil.copytree(tmp_path / "four" / "step-00000002", tmp_path / "again" / "step-00000002")
     four("runs:train", axes, tables, str(tmp_path / "again"))
     assert same(state(tmp_path / "again"), state(tmp_path / "four"))
