@@ -2,7 +2,8 @@
 
 import itertools
 
-import mixtral.desk.calls
+from written import training
+
 from mixtral.desk.calls import MADE_UP_PERCENT, calls
 from mixtral.desk.functions import FUNCTIONS, HELD_OUT, call_phrases, definition, made_up, slots
 from mixtral.desk.source import Source
@@ -55,11 +56,9 @@ def test_definitions_are_those_of_other_functions():
         assert tool["description"] == call_phrases()["verbs"][function.verb]["description"].format(function.thing)
 
 
-def test_training_alone_asks_for_them_and_that_often(monkeypatch):
-    monkeypatch.setattr(mixtral.desk.calls, "RENAMED_PERCENT", 0)
-    monkeypatch.setattr(mixtral.desk.calls, "UNHEARD_PERCENT", 0)
-    asked = [calls(3, "train", number) for number in range(2000)]
-    asked = [document for document in asked if document.suite == "calls/values"]
+def test_training_alone_asks_for_them_and_that_often():
+    written = training(2000, made_up=MADE_UP_PERCENT, unheard=0, renamed=0)
+    asked = [document for document in written if document.suite == "calls/values"]
     made = sum(document.answer["calls"][0]["name"] not in FUNCTIONS for document in asked)
     assert abs(100 * made / len(asked) - MADE_UP_PERCENT) < 4
     for document in asked:

@@ -5,10 +5,11 @@ import json
 import re
 
 import pytest
+from written import functions, training
 
 import mixtral.desk.calls
 import mixtral.desk.renamed
-from mixtral.desk.calls import RENAMED_PERCENT, calls
+from mixtral.desk.calls import MADE_UP_PERCENT, RENAMED_PERCENT, UNHEARD_PERCENT, calls
 from mixtral.desk.functions import FUNCTIONS, HELD_OUT
 from mixtral.desk.renamed import renamed
 from mixtral.desk.source import Source
@@ -19,21 +20,15 @@ TYPES = {"string": str, "integer": int, "boolean": bool}
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-def training(percent):
+def changed(percent):
     """Training documents of which so many percent are renamed; they do not differ in anything else."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixtral.desk.calls, "RENAMED_PERCENT", percent)
-        return [calls(3, "train", number) for number in range(COUNT)]
+    return training(COUNT, made_up=MADE_UP_PERCENT, unheard=UNHEARD_PERCENT, renamed=percent)
 
 
 @pytest.fixture(scope="module")
 def pairs():
     """(as it was, renamed) of every training document."""
-    return list(zip(training(0), training(100), strict=True))
-
-
-def functions(document):
-    return [tool["function"] for tool in document.tools]
+    return list(zip(changed(0), changed(100), strict=True))
 
 
 def names(document):
@@ -76,9 +71,9 @@ def test_40_percent_of_the_training_documents_are_renamed(pairs):
     assert RENAMED_PERCENT == 40
     written = [calls(3, "train", number) for number in range(COUNT)]
     assert all(document in pair for document, pair in zip(written, pairs, strict=True))
-    changed = sum(document != before for document, (before, _) in zip(written, pairs, strict=True))
+    differ = sum(document != before for document, (before, _) in zip(written, pairs, strict=True))
     # Now and then every name happens to stay.
-    assert abs(changed / COUNT - 0.39) < 0.04
+    assert abs(differ / COUNT - 0.39) < 0.04
 
 
 def test_held_out_documents_are_never_renamed(monkeypatch):

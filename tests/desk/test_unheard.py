@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from written import functions, training
 
 import mixtral.desk.calls
 from mixtral.desk.calls import UNHEARD_PERCENT, calls
@@ -15,23 +16,15 @@ COUNT = 1500
 THINGS = set(call_phrases()["objects"])
 
 
-def training(percent):
+def changed(percent):
     """Training documents, in so many percent of which things have invented words; nothing else differs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixtral.desk.calls, "UNHEARD_PERCENT", percent)
-        patch.setattr(mixtral.desk.calls, "RENAMED_PERCENT", 0)
-        patch.setattr(mixtral.desk.calls, "MADE_UP_PERCENT", 0)
-        return [calls(3, "train", number) for number in range(COUNT)]
+    return training(COUNT, made_up=0, unheard=percent, renamed=0)
 
 
 @pytest.fixture(scope="module")
 def pairs():
     """(as it was, with invented words) of every training document."""
-    return list(zip(training(0), training(100), strict=True))
-
-
-def functions(document):
-    return [tool["function"] for tool in document.tools]
+    return list(zip(changed(0), changed(100), strict=True))
 
 
 def words_of(before, after):
@@ -50,14 +43,14 @@ def said(document):
 
 def test_so_many_training_documents_have_invented_words():
     assert UNHEARD_PERCENT == 40
-    written, before = training(UNHEARD_PERCENT), training(0)
-    changed = sum(a != b for a, b in zip(written, before, strict=True))
+    written, before = changed(UNHEARD_PERCENT), changed(0)
+    differ = sum(a != b for a, b in zip(written, before, strict=True))
     # Some have no thing at all (weather, money), or none whose turn it was.
-    assert 0.25 < changed / COUNT < 0.4
+    assert 0.25 < differ / COUNT < 0.4
 
 
 def test_names_change_in_their_things_alone_and_most_things_do(pairs):
-    changed = there = 0
+    seen = there = 0
     for before, after in pairs:
         words = words_of(before, after)
         assert words.keys() <= THINGS - {"museum", "restaurant"}
@@ -65,8 +58,8 @@ def test_names_change_in_their_things_alone_and_most_things_do(pairs):
         assert all(word.isascii() and word.isalpha() and word.islower() for word in words.values())
         things = {part for function in functions(before) for part in function["name"].split("_")} & THINGS
         there += len(things - {"museum", "restaurant"})
-        changed += len(words)
-    assert abs(changed / there - 0.75) < 0.03
+        seen += len(words)
+    assert abs(seen / there - 0.75) < 0.03
 
 
 def test_names_descriptions_calls_and_words_go_together(pairs):
