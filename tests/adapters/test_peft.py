@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,24 @@ def test_targets_that_no_mixtral_has_are_told_and_the_rest_is_used(tiny_model: M
     (message,) = [str(one.message) for one in told]
     assert [name for name in LLAMA if f"{name}," in message or f"{name} in" in message] == LLAMA[4:]
     assert {target_of(name) for name in found.factors} == {"q", "k", "v", "o"}
+    torch.testing.assert_close(theirs(adapted), ours(tiny_model, found.factors), atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"), [(["k_proj", "self_attn.v_proj"], {"q", "o"}), (r".*\.self_attn\.k_proj", {"q", "v", "o"})]
+)
+def test_targets_that_were_excluded_are_no_damage(
+    tiny_model: Mixtral, tmp_path: Path, excluded: list[str] | str, left: set[str]
+) -> None:
+    config = peft.LoraConfig(
+        r=2, target_modules=LLAMA[:4], exclude_modules=excluded, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(peer_of(tiny_model, tmp_path / "base"), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = read_adapter(tmp_path / "adapter", tiny_model.config)
+    assert {target_of(name) for name in found.factors} == left
     torch.testing.assert_close(theirs(adapted), ours(tiny_model, found.factors), atol=3e-5, rtol=1e-4)
 
 
@@ -278,6 +297,10 @@ def test_the_file_of_mistral_finetune(tiny_model: Mixtral, tmp_path: Path) -> No
         ({"target_modules": ["q_proj", "up_proj", "w2"]}, "promises 'w2'"),
         ({"target_modules": ["q_proj", "lm_head"]}, "promises 'lm_head'"),
         ({"target_modules": ["q_proj", 3]}, "promises 3"),
+        *(
+            ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": excluded}, "promises 'k_proj'")
+            for excluded in (["v_proj"], ["layers.0.self_attn.k_proj"], "(.*.*)*k_proj", 3)
+        ),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "promises 'mlp.experts.gate_up_proj'"),
     ],
 )

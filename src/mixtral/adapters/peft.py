@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -408,6 +408,7 @@ def _check_targets(
     """
     layouts = [piece.name for layout in ("per-expert", "fused", "consolidated") for piece in pieces(config, layout)]
     known = [name.removesuffix(".weight") for name in layouts if name.endswith(".weight")]
+    excluded = _excluded(values.get("exclude_modules"))
     nowhere: list[str] = []
     for key, there, names in (
         ("target_modules", modules, known),
@@ -417,11 +418,12 @@ def _check_targets(
         for target in targets if isinstance(targets, list) else []:
             if any(_is_asked(name, [target]) for name in there):
                 continue
-            if not isinstance(target, str) or any(_is_asked(name, [target]) for name in names):
+            meant = [name for name in names if isinstance(target, str) and _is_asked(name, [target])]
+            if not isinstance(target, str) or not all(excluded(name) for name in meant):
                 raise CheckpointError(
                     f"{source}: {CONFIG_NAME} promises {target!r}, which the weights lack; it is damaged"
                 )
-            nowhere.append(target)
+            nowhere += [] if meant else [target]
     if nowhere:
         warnings.warn(
             f"{source}: the targets {', '.join(nowhere):.200} in {CONFIG_NAME} matched nothing in a Mixtral; they were "
@@ -429,6 +431,16 @@ def _check_targets(
             "mlp.experts.gate_up_proj and mlp.experts.down_proj",
             stacklevel=4,
         )
+
+
+def _excluded(given: Any) -> Callable[[str], bool]:
+    """Which modules PEFT left out, though a target matches them: those of a list of ends of names, or of one pattern
+    for the whole name. A pattern that could take for ever to match matches nothing here.
+    """
+    if isinstance(given, str):
+        pattern = re.compile(given) if len(given) <= 200 and _PATTERN.fullmatch(given) else None
+        return lambda name: pattern is not None and pattern.fullmatch(name) is not None
+    return lambda name: _is_asked(name, _names(given))
 
 
 def _read_mistral(path: Path, config: MixtralConfig, scaling: float | None) -> AdapterFile:

@@ -147,9 +147,7 @@ def dpo(
 def export(
     run_folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a run.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder for the model or the adapter.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="Of an ordinary checkpoint: bfloat16 (the default), float16, float32.")
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of an ordinary checkpoint: bfloat16, float16, float32.")] = None,
     averaged: Annotated[bool, typer.Option("--averaged", help="The averaged weights (optim.ema).")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write into DST though it is not empty; a model there goes.")
@@ -157,7 +155,8 @@ def export(
 ) -> None:
     """Write the newest state of a run as a folder: a model, or the adapter that was trained.
 
-    A run on the embedded model, or from nothing, becomes int8 groups, as the embedded model has them.
+    A run on the embedded model, or from nothing, becomes int8 groups, as the embedded model has them, or with --dtype
+    an ordinary checkpoint. Other runs of whole models become one in any case, by default in bfloat16.
     """
     from mixtral.adapters.peft import base_of
     from mixtral.train.export import export_run
