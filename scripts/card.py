@@ -16,6 +16,7 @@ from typing import Any
 
 from mixtral.desk.calls import MADE_UP_PERCENT, RENAMED_PERCENT, UNHEARD_PERCENT
 from mixtral.desk.world import INVENTED_PERCENT
+from mixtral.desk.write import generator_id
 from mixtral.evaluate.desk import SuiteScore, to_markdown
 from mixtral.plan import count_parameters
 from mixtral.train.checkpoint import load_latest
@@ -108,6 +109,8 @@ def render(run_folder: Path, model_folder: Path) -> str:
         raise ValueError(f"{run_folder}: its newest state is not the one that {model_folder} was exported from")
     if steps != int(notes["steps_planned"]):
         raise ValueError(f"the weights are of step {steps} of {notes['steps_planned']}; export the end of the run")
+    if saved[2]["generators"][-1][1] != generator_id():
+        raise ValueError(f"{run_folder}: another version of the generator wrote its documents; take the source of then")
     if len({row.n for row in scores}) != 1:
         raise ValueError("the suites were scored on different numbers of documents")
     first = first_part(saved[2]) if saved[2]["config"].get("start") else None
@@ -123,7 +126,7 @@ def render(run_folder: Path, model_folder: Path) -> str:
         renamed=RENAMED_PERCENT,
         unheard=UNHEARD_PERCENT,
         made_up=MADE_UP_PERCENT,
-        trained=trained(saved[2]["config"], notes, first),
+        trained=trained(saved[2], notes, first),
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -144,7 +147,8 @@ def first_part(values: Mapping[str, Any]) -> First:
     """The configuration of the run that made the model of the start, and what the file of that model says of it.
 
     Raises:
-        ValueError: the model lies no longer where it was, or is of another run than ``examples/pretrain.toml``.
+        ValueError: it is not the model that the run began with, or is of another run than ``examples/pretrain.toml``.
+        ConfigError: it lies no longer where it was.
     """
     path = Path(values["config"]["start"]["path"])
     if fingerprint(path) != values["base_sha256"]:
@@ -164,9 +168,10 @@ def drawn(data: Mapping[str, Any], first: First | None) -> str:
     return f", first from seed {before['seed']}:\n\n{mixtures(before)}.\n\nThen {own}"
 
 
-def trained(config: Mapping[str, Any], notes: Mapping[str, str], first: First | None) -> str:
+def trained(values: Mapping[str, Any], notes: Mapping[str, str], first: First | None) -> str:
     """How the weights were made: a paragraph, or of a run that began with a model two and the sum of tokens."""
-    steps, tokens, seconds, optim = int(notes["steps"]), int(notes["tokens"]), float(notes["seconds"]), config["optim"]
+    config, seconds = values["config"], values["seconds_total"]
+    steps, tokens, optim = int(notes["steps"]), int(notes["tokens"]), config["optim"]
     until_end = (
         f"over the last {optim['decay_fraction']:.0%} of the steps" if optim["schedule"] == "wsd" else "from there"
     )

@@ -140,7 +140,13 @@ def test_targets_that_no_mixtral_has_are_told_and_the_rest_is_used(tiny_model: M
 
 
 @pytest.mark.parametrize(
-    ("excluded", "left"), [(["k_proj", "self_attn.v_proj"], {"q", "o"}), (r".*\.self_attn\.k_proj", {"q", "v", "o"})]
+    ("excluded", "left"),
+    [
+        (["k_proj", "self_attn.v_proj"], {"q", "o"}),
+        (r".*\.self_attn\.k_proj", {"q", "v", "o"}),
+        (".*k_proj", {"q", "v", "o"}),
+        (r"model\.layers\.[0-9]+\.self_attn\.(k_proj|v_proj)", {"q", "o"}),
+    ],
 )
 def test_targets_that_were_excluded_are_no_damage(
     tiny_model: Mixtral, tmp_path: Path, excluded: list[str] | str, left: set[str]
@@ -299,7 +305,11 @@ def test_the_file_of_mistral_finetune(tiny_model: Mixtral, tmp_path: Path) -> No
         ({"target_modules": ["q_proj", 3]}, "promises 3"),
         *(
             ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": excluded}, "promises 'k_proj'")
-            for excluded in (["v_proj"], ["layers.0.self_attn.k_proj"], "(.*.*)*k_proj", 3)
+            for excluded in (["v_proj"], ["layers.0.self_attn.k_proj"], r".*layers\.0\..*k_proj", 3)
+        ),
+        *(
+            ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": pattern}, "has the exclude_modules")
+            for pattern in ("(.*a)*k_proj", "(k_proj", ".*.*.*k_proj", "k" * 201)
         ),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "promises 'mlp.experts.gate_up_proj'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,20 @@ def test_a_run_begins_with_an_exported_model(first: Path, tmp_path: Path, capsys
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["base"]["path"] == str(first / "model")
     assert json.loads((first / "run" / "record.json").read_text())["base"] == "none"
+    capsys.readouterr()
+    assert main(["overlap", str(tmp_path / "run"), "--suite", "sums/1-op", "--count", "5"]) == 0
+    assert f"the run begins with {first / 'model'}: what that was trained on is not compared" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_though_its_model_is_gone(first: Path, tmp_path: Path, capsys: Capture) -> None:
+    base = Path(shutil.copytree(first / "model", tmp_path / "base"))
+    config = begun(first, base)
+    command = ["train", "pretrain", str(config), "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    shutil.rmtree(base)
+    config.write_text(config.read_text().replace("\nsteps = 1", "\nsteps = 2"))
+    assert main(command) == 0
+    assert "step 2/2 " in capsys.readouterr().out
 
 
 def test_what_cannot_be_begun_with_is_told(first: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -58,6 +73,7 @@ def test_overlap_of_a_run_is_that_of_its_configuration(first: Path, capsys: Capt
         assert main(["overlap", str(first / of), *options]) == 0
         captured = capsys.readouterr()
         assert f"of {4 * STEPS} training documents read" in captured.err
+        assert "the run begins with" not in captured.err
         tables.append(captured.out)
     assert tables[0] == tables[1]
     assert tables[0].count("| 20 | 0 |") == 2

@@ -18,11 +18,11 @@ def test_they_are_no_function_of_the_desk():
 
 
 def test_all_other_pairs_come():
-    things = {function.thing for function in MADE}
     had = {(function.verb, function.thing) for function in FUNCTIONS.values()}
-    every = set(itertools.product(("book", "cancel", "change", "price", "find"), things)) - had
+    things = ["bike", "boat", "bus", "car", "kayak", "locker", "massage", "sauna", "table", "taxi", "tent", "tour"]
+    every = set(itertools.product(("book", "cancel", "change", "price", "find"), [*things, "train"])) - had
     assert {(function.verb, function.thing) for function in MADE} == every
-    assert things < set(call_phrases()["objects"])
+    assert set(things) < set(call_phrases()["objects"])
 
 
 def test_slots_fit_and_nothing_is_said_twice():

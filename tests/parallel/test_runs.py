@@ -16,6 +16,7 @@ from pool import Ranks
 from torch import Tensor
 
 from mixtral.train import checkpoint
+from mixtral.train.export import export_run
 from mixtral.train.loop import StepReport
 
 Nano = Callable[..., dict[str, dict[str, Any]]]
@@ -73,6 +74,21 @@ def test_a_run_on_two_ranks_is_that_of_one_process(
     assert shared["hardware"]["device"] == "cpu"
     assert "of 2 processes" in shared["energy"]["kwh_method"]
     assert both["validation_loss"] == pytest.approx(loss["validation_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("axes", ["dp=2", "tp=2"])
+def test_a_run_begins_with_a_model_on_two_ranks_as_in_one_process(
+    two: Ranks, nano: Nano, tmp_path: Path, axes: str
+) -> None:
+    sizes = {"intermediate_size": 64}  # int8 groups of 32
+    runs.train(None, nano(model=sizes, run={"steps": 2}), str(tmp_path / "first"))
+    export_run(tmp_path / "first", tmp_path / "model")
+    tables = nano(model=sizes, run={"steps": 1}, data={"seed": 9}) | {"start": {"path": str(tmp_path / "model")}}
+    expected = runs.train(None, tables, str(tmp_path / "one"))
+    reports = two("runs:train", axes, tables, str(tmp_path / "two"))
+    assert distance(reports[0], expected)[0] <= 2e-6
+    weights, both = (state(tmp_path / name)[1] for name in ("one", "two"))
+    torch.testing.assert_close(both, weights, atol=2e-4, rtol=1e-3)
 
 
 def test_the_micro_scope_depends_on_the_ranks(two: Ranks, nano: Nano, tmp_path: Path) -> None:

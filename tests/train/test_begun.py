@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 
 from mixtral.config import MixtralConfig
 from mixtral.errors import ConfigError, TrainingError
-from mixtral.model import Mixtral
+from mixtral.tokenizer import Tokenizer
 from mixtral.train import checkpoint
 from mixtral.train import pretrain as recipe
 from mixtral.train.config import PretrainConfig
@@ -20,6 +22,7 @@ from mixtral.train.export import export_run
 from mixtral.train.pretrain import Pretraining, pretrain
 from mixtral.train.start import fingerprint, load_start
 from mixtral.weights import load_compact
+from mixtral.weights.vocab import trained_ids
 
 Begun = Callable[..., PretrainConfig]
 
@@ -78,6 +81,7 @@ def test_it_goes_on_bitwise_and_its_record_names_the_model(tmp_path: Path, begun
         assert torch.equal(again.optimizer.masters[name], value)
     record = json.loads((tmp_path / "b" / "record.json").read_text())
     assert record["base"] == {"path": str(compact), "fingerprint": fingerprint(compact)}
+    assert record["seeds"].keys() == {"data"}  # no weight was drawn
 
 
 def _after(steps: int) -> Callable[[], bool]:
@@ -121,8 +125,52 @@ def test_the_table_is_strict(begun: Begun) -> None:
         PretrainConfig.from_dict(tables | {"start": {}}, source="x")
 
 
-def test_a_model_that_computes_is_not_changed_by_the_run(tmp_path: Path, begun: Begun, compact: Path) -> None:
-    before = fingerprint(compact)
-    run = pretrain(begun(run={"steps": 1}), tmp_path, on_step=lambda report: None)
-    assert isinstance(run.model, Mixtral)
-    assert fingerprint(compact) == before
+def test_a_run_goes_on_without_its_model_but_not_with_another(tmp_path: Path, begun: Begun, compact: Path) -> None:
+    base = Path(shutil.copytree(compact, tmp_path / "base"))
+    config = begun(run={"steps": 2})
+    pretrain(config, tmp_path / "run", on_step=lambda report: None, stopping=_after(2), base=base)
+    header = base / "config.json"
+    header.write_text(header.read_text() + "\n")
+    with pytest.raises(TrainingError, match=r"the run was started with other model \(sha256 [0-9a-f]{12}, now "):
+        Pretraining(config, tmp_path / "run", base=base)
+    shutil.rmtree(base)
+    run = pretrain(config, tmp_path / "run", on_step=lambda report: None, base=base)
+    assert (run.steps_done, run.base_sha256) == (2, fingerprint(compact))
+
+
+def test_a_large_model_is_refused_before_its_weights_are_read(
+    tmp_path: Path, begun: Begun, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "load_start", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(TrainingError, match="has no shared vocabulary rows"):
+        Pretraining(begun(), tmp_path, base=plain)
+
+
+def test_skills_whose_control_tokens_the_model_lacks_are_refused(
+    tmp_path: Path, begun: Begun, compact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer.from_version("v3")
+    calls = next(i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == "[TOOL_CALLS]")
+    plain = next(i for i in range(tokenizer.vocab_size - 1, 0, -1) if i not in load_ids(compact))
+    monkeypatch.setattr(recipe, "trained_ids", lambda rows: sorted({*trained_ids(rows), plain} - {calls}))
+    with pytest.raises(TrainingError, match=r"data.mixture has documents with \[TOOL_CALLS\], for which there are no"):
+        Pretraining(begun(data={"mixture": {"calls": 1}}), tmp_path)
+
+
+def load_ids(folder: Path) -> list[int]:
+    return trained_ids(load_compact(folder, device="cpu").row_of_id)
+
+
+def test_the_same_documents_again_are_told_and_the_file_names_its_base(
+    tmp_path: Path, begun: Begun, compact: Path
+) -> None:
+    config = begun(run={"steps": 1})
+    pretrain(config, tmp_path / "run", on_step=lambda report: None)
+    export_run(tmp_path / "run", tmp_path / "model")
+    notes = load_compact(tmp_path / "model", device="cpu").metadata
+    assert (notes["base_sha256"], notes["data_seed"]) == (fingerprint(compact), str(config.data.seed))
+    with pytest.warns(UserWarning, match=rf"documents of data.seed {config.data.seed} from the first on"):
+        Pretraining(config, tmp_path / "again", base=tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Pretraining(begun(data={"seed": config.data.seed + 1}), tmp_path / "other", base=tmp_path / "model")

@@ -179,7 +179,9 @@ def test_control_ids_of_later_skills_have_rows_or_are_missed_before_the_run_star
     assert not controls & set(choose_trained_ids(tokenizer, replace(config, later={})))
     assert [len(part.lengths) for part in DeskData(config, trained).micro_batches(9)] == [6]
     without = [i for i in trained if i != tokenizer.control_id("[TOOL_CALLS]")]
-    with pytest.raises(TrainingError, match=r"data.later has documents with \[TOOL_CALLS\], for .* start a new"):
+    with pytest.raises(
+        TrainingError, match=r"data.later has documents with \[TOOL_CALLS\], for .* start a new run from nothing"
+    ):
         DeskData(config, without)
 
 

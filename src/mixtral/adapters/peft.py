@@ -6,10 +6,11 @@ Stacked experts are written as PEFT 0.19 and later read them: ``lora_A`` [E * R,
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME, MISTRAL_NAME)
 """Of both forms: where an adapter is written, those of another one go, or readers would not know which is meant."""
 LAYOUT = "peft>=0.19 rank-major"
 PEFT_PREFIX = "base_model.model."
-# Patterns of names that are taken: any other expression could be made to match for hours.
-_PATTERN = re.compile(r"\^?(\.\*\\?\.)?(?:[A-Za-z0-9_.]|\\\.|\\d\+)+")
+# Pieces of patterns of names that are taken: nothing that repeats is repeated, as that could match for hours.
+_PIECES = re.compile(r"\^?(?:[A-Za-z0-9_.|()]|\\\.|\.\*|\\d\+|\[0-9\]\+)+\$?")
 # Features that change what an adapter computes; anything but these values is refused.
 _OFF: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
@@ -288,11 +289,7 @@ def _check_config(values: Mapping[str, Any], path: Path) -> None:
         if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
             raise CheckpointError(f"{path}: {CONFIG_NAME} says {key} {pattern!r:.80}; expected numbers", param=key)
         for name in pattern:
-            if len(name) > 200 or not _PATTERN.fullmatch(name):
-                raise CheckpointError(
-                    f"{path}: {CONFIG_NAME} has the {key} {name!r:.80}; expected names, perhaps after .* and with \\d+",
-                    param=key,
-                )
+            _compiled(name, key, path)
 
 
 def _from_peft(
@@ -408,7 +405,7 @@ def _check_targets(
     """
     layouts = [piece.name for layout in ("per-expert", "fused", "consolidated") for piece in pieces(config, layout)]
     known = [name.removesuffix(".weight") for name in layouts if name.endswith(".weight")]
-    excluded = _excluded(values.get("exclude_modules"))
+    excluded = values.get("exclude_modules")
     nowhere: list[str] = []
     for key, there, names in (
         ("target_modules", modules, known),
@@ -419,7 +416,7 @@ def _check_targets(
             if any(_is_asked(name, [target]) for name in there):
                 continue
             meant = [name for name in names if isinstance(target, str) and _is_asked(name, [target])]
-            if not isinstance(target, str) or not all(excluded(name) for name in meant):
+            if not isinstance(target, str) or not all(_is_excluded(name, excluded, source) for name in meant):
                 raise CheckpointError(
                     f"{source}: {CONFIG_NAME} promises {target!r}, which the weights lack; it is damaged"
                 )
@@ -433,14 +430,23 @@ def _check_targets(
         )
 
 
-def _excluded(given: Any) -> Callable[[str], bool]:
-    """Which modules PEFT left out, though a target matches them: those of a list of ends of names, or of one pattern
-    for the whole name. A pattern that could take for ever to match matches nothing here.
-    """
+def _is_excluded(name: str, given: Any, source: str) -> bool:
+    """Whether PEFT left a module out though a target matches it: by a list of ends of names, or a pattern."""
     if isinstance(given, str):
-        pattern = re.compile(given) if len(given) <= 200 and _PATTERN.fullmatch(given) else None
-        return lambda name: pattern is not None and pattern.fullmatch(name) is not None
-    return lambda name: _is_asked(name, _names(given))
+        return _compiled(given, "exclude_modules", source).fullmatch(name) is not None
+    return _is_asked(name, _names(given))
+
+
+def _compiled(pattern: str, key: str, source: str | Path) -> re.Pattern[str]:
+    """A pattern of the config, if it is of the kind that PEFT's users write."""
+    with contextlib.suppress(re.error):
+        if len(pattern) <= 200 and pattern.count(".*") <= 2 and _PIECES.fullmatch(pattern):
+            return re.compile(pattern)
+    raise CheckpointError(
+        f"{source}: {CONFIG_NAME} has the {key} {pattern!r:.80}; expected names, perhaps with \\d+, [0-9]+, choices in "
+        "brackets, and .* twice at most",
+        param=key,
+    )
 
 
 def _read_mistral(path: Path, config: MixtralConfig, scaling: float | None) -> AdapterFile:

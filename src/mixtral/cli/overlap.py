@@ -27,9 +27,9 @@ def run(
     split: Annotated[Literal["validation", "test"], typer.Option(help="Held-out split.")] = "test",
     seed: Annotated[int, typer.Option(help="Seed of the held-out documents.")] = 1,
 ) -> None:
-    """Compare held-out prompts with everything that was trained: equal ones, and sequences of 13 tokens.
+    """Compare held-out prompts with everything that the run trained: equal ones, and sequences of 13 tokens.
 
-    Of a configuration file with all that a run to its end trains.
+    Of a configuration file with all that a run to its end trains. What a model of [start] was trained on is not in it.
     """
     from mixtral.desk.write import SUITES, generator_id
     from mixtral.evaluate.overlap import overlaps, to_markdown
@@ -39,8 +39,11 @@ def run(
         planned = read_pretrain_config(of)
         config, trained = planned.data, planned.run.steps * planned.data.documents_per_step
         generators: Any = [[0, generator_id()]]
+        begun = planned.start.path if planned.start else None
     else:
-        config, trained, generators = _read(of)
+        config, trained, generators, begun = _read(of)
+    if begun is not None:
+        output.note(f"the run begins with {begun}: what that was trained on is not compared; compare its own run too")
     if generators != [[0, generator_id()]]:
         output.note(
             f"not all documents of {of} were written by this version of the generator, or its record does not say "
@@ -66,8 +69,9 @@ def run(
     output.write(to_markdown(rows))
 
 
-def _read(folder: Path) -> tuple[DataConfig, int, Any]:
-    """What decides the documents of a run, how many it has trained, and what wrote them, from its record."""
+def _read(folder: Path) -> tuple[DataConfig, int, Any, str | None]:
+    """What decides the documents of a run, how many it has trained, what wrote them, and what it began with, from its
+    record."""
     from mixtral.train.config import DataConfig
 
     path = folder / "record.json"
@@ -81,8 +85,9 @@ def _read(folder: Path) -> tuple[DataConfig, int, Any]:
             later=data.get("mixture_later", {}),
         )
         trained = int(data["documents"])
+        begun = None if record.get("base", "none") == "none" else str(record["base"]["path"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path}: expected the record of a run of `mixtral train pretrain`", param="folder") from None
     if trained < 1:
         raise ConfigError(f"{path}: the run has not trained anything yet", param="folder")
-    return found, trained, data.get("generators")
+    return found, trained, data.get("generators"), begun

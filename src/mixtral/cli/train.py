@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mixtral.cli import output, ranks
+from mixtral.errors import MixtralError
 
 if TYPE_CHECKING:
     from mixtral.train.fine import FineTuning
@@ -62,12 +63,11 @@ def pretrain(
 ) -> None:
     """Train from nothing, or from the model of [start], or go on with a run. Ctrl-C or SIGTERM ends it after the step,
     saved."""
-    from mixtral.api import folder_of
     from mixtral.train.config import read_pretrain_config
     from mixtral.train.pretrain import pretrain as train
 
     settings = read_pretrain_config(config)
-    base = folder_of(settings.start.path) if settings.start else None
+    base = _begun_with(settings.start.path, out) if settings.start else None
     out.mkdir(parents=True, exist_ok=True)
     if _launched(context, parallel):
         return
@@ -164,6 +164,18 @@ def export(
     what = export_run(run_folder, destination, dtype=dtype, averaged=averaged, overwrite=overwrite)
     options = f"--model {base_of(destination)} --adapter" if "adapter" in what else "--model"
     output.say(f"{destination}: written, {what}; try `mixtral chat {options} {destination}`")
+
+
+def _begun_with(path: str, out: Path) -> Path | None:
+    """The model of [start]. A run that has states goes on without it, if it is gone."""
+    from mixtral.api import folder_of
+
+    try:
+        return folder_of(path)
+    except MixtralError:
+        if any(out.glob("step-*")):
+            return None
+        raise
 
 
 def _launched(context: typer.Context, parallel: str | None) -> bool:

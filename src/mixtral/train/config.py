@@ -162,7 +162,8 @@ class RecordConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartConfig:
-    """The folder of the model whose weights a run begins with, or ``embedded``; it has shared vocabulary rows."""
+    """The folder of the model whose weights a run begins with, or for the command ``embedded``. It has shared
+    vocabulary rows."""
 
     path: str
 

@@ -7,7 +7,7 @@ attention; documents are laid end to end without padding.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,11 @@ from mixtral.tokenizer import Tokenizer, encode_chat
 from mixtral.train.config import DataConfig
 from mixtral.weights.vocab import build_respell, row_map
 
-__all__ = ["DeskData", "TokenBatch", "choose_trained_ids", "encode_document"]
+__all__ = ["DeskData", "TokenBatch", "check_controls", "choose_trained_ids", "encode_document"]
 
-_SKILL_DOCUMENTS = 50  # of every skill that comes later are looked at before a run starts
+_SKILL_DOCUMENTS = (
+    50  # of every skill are looked at, where a run starts with rows that others chose or comes to it later
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
         counts.update(encode_document(tokenizer, document(config.seed, "train", number, config.mixture or None))[0])
     kept = {0, tokenizer.bos_id, tokenizer.eos_id}
     kept |= {i for i in range(tokenizer.vocab_size) if tokenizer.is_byte(i) or (tokenizer.is_control(i) and counts[i])}
-    kept |= _later_control_ids(tokenizer, config)
+    kept |= _control_ids(tokenizer, config.seed, config.later.values())
     kept |= {i for i in counts if len(tokenizer.piece(i).lstrip("▁")) <= 1}
     kept |= set(tokenizer.encode("0 1 2 3 4 5 6 7 8 9"))
     ranked = sorted((i for i in counts if i not in kept), key=lambda i: (-counts[i], i))
@@ -75,18 +77,38 @@ def choose_trained_ids(tokenizer: Tokenizer, config: DataConfig) -> list[int]:
     return sorted(kept)
 
 
-def _later_control_ids(tokenizer: Tokenizer, config: DataConfig) -> set[int]:
-    """The control ids that documents of the skills of all later mixtures have.
+def _control_ids(tokenizer: Tokenizer, seed: int, mixtures: Iterable[Mapping[str, int]]) -> set[int]:
+    """The control ids that documents of the skills of all these mixtures have.
 
     Raises:
         ConfigError: a skill is unknown.
     """
-    mixtures = [mixture or MIXTURE for mixture in config.later.values()]
-    for mixture in mixtures:
-        document(config.seed, "train", 0, mixture)
-    skills = {skill for mixture in mixtures for skill, weight in mixture.items() if weight}
-    texts = (SKILLS[skill](config.seed, "train", n) for skill in sorted(skills) for n in range(_SKILL_DOCUMENTS))
+    given = [dict(mixture) or MIXTURE for mixture in mixtures]
+    for mixture in given:
+        document(seed, "train", 0, mixture)
+    skills = {skill for mixture in given for skill, weight in mixture.items() if weight}
+    texts = (SKILLS[skill](seed, "train", n) for skill in sorted(skills) for n in range(_SKILL_DOCUMENTS))
     return {i for item in texts for i in encode_document(tokenizer, item)[0] if tokenizer.is_control(i)}
+
+
+def check_controls(
+    tokenizer: Tokenizer, seed: int, mixtures: Iterable[Mapping[str, int]], trained: Iterable[int], name: str
+) -> None:
+    """An error at the start, and not when its step has come, if documents of the mixtures, the value ``name``, have
+    control tokens without rows of their own.
+
+    Raises:
+        TrainingError: they have.
+        ConfigError: a skill is unknown.
+    """
+    missing = _control_ids(tokenizer, seed, mixtures) - set(trained)
+    if missing:
+        raise TrainingError(
+            f"data.{name} has documents with {', '.join(map(tokenizer.piece, sorted(missing)))}, for which there are "
+            "no rows: the run, or the model it began with, was started without that skill. Leave the skill out, or "
+            "start a new run from nothing",
+            param=name,
+        )
 
 
 class DeskData:
@@ -95,14 +117,7 @@ class DeskData:
     def __init__(self, config: DataConfig, trained: list[int], version: str = "v3") -> None:
         self.config = config
         plain = Tokenizer.from_version(version)
-        missing = _later_control_ids(plain, config) - set(trained)  # an error now, and not when its step has come
-        if missing:
-            names = ", ".join(plain.piece(i) for i in sorted(missing))
-            raise TrainingError(
-                f"data.later has documents with {names}, for which this run has no rows of their own: it was started "
-                "without that skill. Leave the skill out, or start a new run in another folder",
-                param="later",
-            )
+        check_controls(plain, config.seed, config.later.values(), trained, "later")
         surfaces = [plain.token_bytes(i) for i in range(plain.vocab_size)]
         self.respell = build_respell(surfaces, set(trained))
         self.tokenizer = Tokenizer.from_version(version, respell=self.respell)

@@ -143,6 +143,8 @@ def _notes(step: int, values: dict[str, Any]) -> dict[str, str]:
         "trained_rows": len(values["trained_ids"]),
         "torch": values["torch"],
     }
+    if values.get("base_sha256"):
+        numbers["base_sha256"] = values["base_sha256"]
     return {name: str(value) for name, value in numbers.items()}
 
 

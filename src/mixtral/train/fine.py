@@ -22,7 +22,7 @@ from mixtral.train.loop import StepReport, drive
 from mixtral.train.optim import Optimizer
 from mixtral.train.order import at_least
 from mixtral.train.start import Start, fingerprint, load_start
-from mixtral.train.training import Part, Saved, Training, open_state
+from mixtral.train.training import Part, Saved, Training, check_same, open_state
 from mixtral.train.tune import TuneConfig
 
 __all__ = ["FineTuning", "token_batch"]
@@ -219,12 +219,8 @@ class FineTuning(Training[K, P], Generic[K, P, T]):
 
     def _check_same_files(self, saved: Saved | None) -> None:
         for name, now, what in (("data", self.data_sha256, "data"), ("base", self.base_sha256, "model")):
-            before = now if saved is None else saved[2][f"{name}_sha256"]
-            if before != now:
-                raise TrainingError(
-                    f"{self.folder}: the run was started with other {what} (sha256 {before[:12]}, now {now[:12]}); "
-                    "bring the old files back, or start in a new folder"
-                )
+            if saved is not None:
+                check_same(self.folder, what, saved[2][f"{name}_sha256"], now)
 
     def _of_expert(self, name: str) -> Tensor:
         """The exact values of ``...experts.gate_up_3``: expert 3 of ``gate_up_proj``."""

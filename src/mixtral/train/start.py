@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ class Start:
     """``model`` computes in the dtype of the run; ``masters`` are its exact values, where training needs them.
 
     ``row_of_id`` [V] int32 and ``respell`` are those of a model with shared rows, whose last row then stands for
-    ``copies_of_last`` ids; otherwise every id is its own row.
+    ``copies_of_last`` ids; otherwise every id is its own row. ``notes`` is what its file says of the run that made it.
     """
 
     model: Mixtral
@@ -46,6 +46,7 @@ class Start:
     row_of_id: Tensor | None
     respell: dict[int, tuple[int, ...]]
     copies_of_last: int
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self, ids: Sequence[int]) -> Tensor:
         """The row of every id, int64."""
@@ -100,7 +101,8 @@ def _compact(path: Path, dtype: torch.dtype, *, full: bool) -> Start:
     tokenizer = Tokenizer.from_version(version, respell=found.respell)
     masters = _narrow(model, dtype)
     copies = config.vocab_size - len(tables[HEAD]) + 1
-    return Start(model, masters if full else {}, tokenizer, found.row_of_id, found.respell, copies)
+    kept = masters if full else {}
+    return Start(model, kept, tokenizer, found.row_of_id, found.respell, copies, found.metadata)
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ from mixtral.train.loop import Settings, StepReport
 from mixtral.train.optim import NormGuard, Optimizer, learning_rate
 from mixtral.train.record import build_record, commit_of_source, write_record
 
-__all__ = ["Part", "Saved", "Step", "Training", "forward", "open_state", "versions", "warn_of_versions"]
+__all__ = ["Part", "Saved", "Step", "Training", "check_same", "forward", "open_state", "versions", "warn_of_versions"]
 
 # May differ between the saved and the present configuration: they do not change what a step computes before the decay.
 # Of files only the place may: what is in them is compared.
@@ -383,8 +383,21 @@ def open_state(folder: Path, config: Settings, kind: str, mesh: Mesh | None = No
     found = saved[2].get("kind", "pretrain")
     if found != kind:
         raise TrainingError(f"{folder}: holds a run of {found}, not of {kind}; choose another folder")
-    _check_same(_until(config.to_dict(), saved[0]), _until(saved[2]["config"], saved[0]), config)
+    _check_settings(_until(config.to_dict(), saved[0]), _until(saved[2]["config"], saved[0]), config)
     return saved
+
+
+def check_same(folder: Path, what: str, before: str, now: str) -> None:
+    """Files that a run goes on with are those that it was started with, by their sha256.
+
+    Raises:
+        TrainingError: they are not.
+    """
+    if before != now:
+        raise TrainingError(
+            f"{folder}: the run was started with other {what} (sha256 {before[:12]}, now {now[:12]}); bring the old "
+            "files back, or start in a new folder"
+        )
 
 
 def _until(values: dict[str, Any], step: int) -> dict[str, Any]:
@@ -395,7 +408,7 @@ def _until(values: dict[str, Any], step: int) -> dict[str, Any]:
     return {**values, "data": {**values["data"], "later": later}}
 
 
-def _check_same(now: Mapping[str, Any], saved: Mapping[str, Any], config: Settings) -> None:
+def _check_settings(now: Mapping[str, Any], saved: Mapping[str, Any], config: Settings) -> None:
     for table, values in now.items():
         if table == "record":
             continue
