@@ -22,9 +22,8 @@ from mixtral.weights.vocab import build_respell, row_map
 
 __all__ = ["DeskData", "TokenBatch", "check_controls", "choose_trained_ids", "encode_document"]
 
-_SKILL_DOCUMENTS = (
-    50  # of every skill are looked at, where a run starts with rows that others chose or comes to it later
-)
+# So many of every skill are looked at, where a run starts with rows that others chose or comes to the skill later.
+_SKILL_DOCUMENTS = 50
 
 
 @dataclass(frozen=True, slots=True)
