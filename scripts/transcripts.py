@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,6 +134,11 @@ def run_example(example: Example, address: str, folder: Path, before: Sequence[s
 def main(argv: Sequence[str]) -> int:
     """Write the outputs anew; the argument is the address of a server with the embedded model."""
     address = argv[0] if argv else ADDRESS
+    try:
+        urllib.request.urlopen(f"{address}/ready", timeout=10).close()
+    except OSError as error:
+        sys.stderr.write(f"{address}/ready: {error}; start `mixtral serve` and wait until it says that it is ready\n")
+        return 2
     page = PAGE.read_text(encoding="utf-8")
     outputs = []
     with workplace() as folder:
